@@ -1,0 +1,1 @@
+"""One module per model library. Each imports its library lazily and names the extra it needs."""

@@ -1,0 +1,180 @@
+"""transfuse in diffusers: attention processors and patches for UNet-type models.
+
+One line puts a method on a model, ``remove()`` or leaving ``with`` takes it off exactly::
+
+    from transfuse.integrations.diffusers import AttendProcessor, patch
+
+    handle = patch(pipe, AttendProcessor())             # every attention through transfuse.attend
+    injector = patch(pipe.unet, StyleInjectionOptions(gamma=0.3))       # style injection
+
+Covers models whose layers are diffusers' ``Attention`` (UNets, VAEs, 2-D transformers). Layers with
+added key projections, joint text and image attention, or adapter processors are refused by name:
+replacing their processor would silently drop what it adds.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from transfuse._registry import near_matches
+from transfuse.methods._attention_layers import (
+    PatchHandle,
+    attention_scale,
+    find_attention,
+    run_projected_attention,
+)
+from transfuse.ops import KV, attend
+
+__all__ = ["AttendProcessor", "AttentionMethod", "PatchHandle", "patch"]
+
+
+class AttentionMethod(Protocol):
+    """What :func:`patch` accepts: anything that can attach itself to a model."""
+
+    def attach(self, model: nn.Module, *, layers: Sequence[int | str] | None = None): ...
+
+
+def _require_diffusers():
+    try:
+        import diffusers
+    except Exception as error:  # a broken optional dependency of diffusers is no ImportError
+        raise ImportError(
+            "diffusers could not be imported; install the extra: "
+            f"pip install 'transfuse[diffusers]' ({type(error).__name__}: {error})"
+        ) from error
+    return diffusers
+
+
+class AttendProcessor:
+    """Drop-in attention processor: the layer as it was, its core by ``transfuse.ops.attend``.
+
+    Self- and cross-attention; the attention mask is honoured. Use it with
+    ``unet.set_attn_processor(AttendProcessor())``, or through :func:`patch` to be able to remove it.
+
+    Args:
+        backend: Backend of ``attend``; None chooses.
+
+    Raises:
+        ImportError: diffusers is not installed; the message names the extra.
+
+    Notes:
+        Equal to diffusers' default processor up to rounding.
+    """
+
+    # diffusers' set_attention_backend and context parallelism look for these two.
+    _attention_backend = None
+    _parallel_config = None
+
+    idle = False
+
+    def __init__(self, *, backend: str | None = None) -> None:
+        _require_diffusers()
+        self.backend = backend
+        self.name = "attention"
+        self.previous: Callable[..., Tensor] | None = None
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        def core(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+            if mask is None:
+                source = KV(key, value)
+            elif mask.is_floating_point():
+                source = KV(key, value, bias=mask)
+            else:
+                source = KV(key, value, mask=mask.bool())
+            return attend(query, source, scale=attention_scale(attn), backend=self.backend)
+
+        return run_projected_attention(
+            attn, core, hidden_states, encoder_hidden_states, attention_mask, temb
+        )
+
+    def attach(self, model: nn.Module, *, layers: Sequence[int | str] | None = None) -> PatchHandle:
+        """Replace the processors of some or all attention layers.
+
+        Args:
+            model: A model with attention layers.
+            layers: Names of layers, or of modules whose attention layers are all meant; None: all.
+
+        Returns:
+            A handle with ``remove()``, usable in ``with``.
+
+        Raises:
+            ValueError: No attention layer, a name that matches none, or a layer whose processor
+                does more than plain attention.
+            TypeError: An entry of ``layers`` is not a name.
+        """
+        found = find_attention(model, self_only=False)
+        if not found:
+            raise ValueError(f"{type(model).__name__} has no attention layer")
+        chosen = set(found) if layers is None else set()
+        if isinstance(layers, str):
+            raise TypeError(f"layers must be a sequence of names, got the string {layers!r}")
+        for entry in () if layers is None else layers:
+            if not isinstance(entry, str):
+                raise TypeError(f"layers: expected names of attention layers, got {entry!r}")
+            matches = {name for name in found if name == entry or name.startswith(entry + ".")}
+            if not matches:
+                raise ValueError(
+                    f"layers: no attention layer matches {entry!r}; {near_matches(entry, found)}"
+                )
+            chosen |= matches
+        replacements = {}
+        for name, layer in found.items():
+            if name in chosen:
+                # One copy per layer: each remembers what it replaced.
+                replacement = copy.copy(self)
+                replacement.name = name
+                replacements[name] = (layer, replacement)
+        return PatchHandle(replacements)
+
+    def __repr__(self) -> str:
+        return f"AttendProcessor(backend={self.backend!r})"
+
+
+def patch(
+    model: object, method: AttentionMethod, *, layers: Sequence[int | str] | None = None
+) -> PatchHandle:
+    """Put a method on a diffusers model or pipeline.
+
+    Args:
+        model: A model, or a pipeline, whose ``unet`` is then meant.
+        method: :class:`AttendProcessor`, ``StyleInjectionOptions``, or anything with ``attach``.
+        layers: Which attention layers; None is the method's default. See the method.
+
+    Returns:
+        The method's handle: ``remove()`` restores the model exactly (the same processor objects),
+        leaving ``with`` does too. For style injection it is the ``StyleInjector``.
+
+    Raises:
+        ImportError: diffusers is not installed; the message names the extra.
+        TypeError: Neither a model with attention processors nor a pipeline with such a ``unet``,
+            or a method without ``attach``.
+        ValueError: The method does not fit the model; see the method.
+
+    Notes:
+        Several patches may sit on one model. The last one in runs; a style injector that is in no
+        mode passes the call on to the one below. They may be removed in any order.
+    """
+    _require_diffusers()
+    target = getattr(model, "unet", model)
+    if not isinstance(target, nn.Module) or not hasattr(target, "attn_processors"):
+        raise TypeError(
+            "model: expected a diffusers model with attention processors, or a pipeline with such "
+            f"a unet, got {type(model).__name__}"
+        )
+    if not hasattr(method, "attach"):
+        raise TypeError(
+            "method: expected an object with attach(model, layers=...), "
+            f"got {type(method).__name__}"
+        )
+    return method.attach(target, layers=layers)

@@ -1,0 +1,408 @@
+"""Find the attention layers of a model, run one with another core, and put replacements in place.
+
+A layer is any module that exposes ``to_q``, ``to_k``, ``to_v``, ``to_out`` and a head count
+(``heads``, ``num_heads`` or ``n_heads``): diffusers' ``Attention``, the ``CrossAttention`` of latent
+diffusion code, and most hand-written ones. No model library is imported; optional parts (norms,
+residual, rescaling, mask preparation) are used where the layer has them.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol, Self
+
+from torch import Tensor, nn
+
+from transfuse._registry import near_matches
+
+# (query, key, value, mask) with heads split, (B, H, N, D); mask is None, bool (True = may attend)
+# or an additive float bias, broadcastable to (B, H, N, M). Returns (B, H, N, Dv).
+AttentionCore = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
+
+# Processors that compute plain softmax attention over the layer's own to_q/to_k/to_v. Replacing
+# any other one (adapters, added text keys, joint attention) would silently drop what it adds.
+PLAIN_PROCESSORS = frozenset(
+    {
+        "AttnProcessor",
+        "AttnProcessor2_0",
+        "AttnProcessorNPU",
+        "FusedAttnProcessor2_0",
+        "SlicedAttnProcessor",
+        "XFormersAttnProcessor",
+        "XLAFlashAttnProcessor2_0",
+    }
+)
+
+_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
+_HEAD_COUNTS = ("heads", "num_heads", "n_heads")
+
+
+def head_count(layer: nn.Module) -> int:
+    """Number of query heads of an attention layer."""
+    for name in _HEAD_COUNTS:
+        heads = getattr(layer, name, None)
+        if isinstance(heads, int):
+            return heads
+    raise ValueError(f"{type(layer).__name__} exposes none of {', '.join(_HEAD_COUNTS)}")
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether a module exposes the four projections and a head count."""
+    return all(isinstance(getattr(module, name, None), nn.Module) for name in _PROJECTIONS) and any(
+        isinstance(getattr(module, name, None), int) for name in _HEAD_COUNTS
+    )
+
+
+def is_self_attention(module: nn.Module) -> bool:
+    """Whether an attention layer projects keys from its own input.
+
+    A layer that says so (``is_cross_attention``) is believed; otherwise a key projection of another
+    input width than the query projection means cross-attention. Equal widths cannot be told apart
+    here: a layer that then receives a context is refused when it runs.
+    """
+    if not is_attention(module):
+        return False
+    declared = getattr(module, "is_cross_attention", None)
+    if declared is not None:
+        return not declared
+    widths = [getattr(layer, "in_features", None) for layer in (module.to_q, module.to_k)]
+    return widths[0] == widths[1]
+
+
+def find_attention(model: nn.Module, *, self_only: bool) -> dict[str, nn.Module]:
+    """Name -> layer, in the order of ``model.named_modules()``."""
+    wanted = is_self_attention if self_only else is_attention
+    return {name: module for name, module in model.named_modules() if wanted(module)}
+
+
+def decoder_block_numbers(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
+    """Number of the decoder block that holds each named layer, counted from 0.
+
+    UNets of diffusers (``up_blocks.i.attentions.j``) count one block per resnet of the decoder, as
+    the ``output_blocks`` of latent diffusion code do, so both layouts give the same numbers. Layers
+    outside the decoder are left out.
+    """
+    numbers: dict[str, int] = {}
+    for name in names:
+        match = re.match(r"((?:.*\.)?up_blocks)\.(\d+)\.attentions\.(\d+)\.", name + ".")
+        if match is not None:
+            blocks, index, position = match[1], int(match[2]), int(match[3])
+            before = list(model.get_submodule(blocks))[:index]
+            numbers[name] = sum(len(block.resnets) for block in before) + position
+            continue
+        match = re.match(r"(?:.*\.)?output_blocks\.(\d+)\.", name + ".")
+        if match is not None:
+            numbers[name] = int(match[1])
+    return numbers
+
+
+def select_self_attention(
+    model: nn.Module, layers: Sequence[int | str] | None, *, default_count: int
+) -> dict[str, nn.Module]:
+    """Choose self-attention layers of a model by name, by number, or by the default rule.
+
+    Args:
+        model: The model to search.
+        layers: Names (a layer, or a module whose self-attention layers are all meant) and numbers
+            (decoder blocks; in a model without a decoder, positions among its self-attention
+            layers). None: the last ``default_count`` self-attention layers of the decoder, or of
+            the model if it has no decoder; all of them if there are fewer.
+        default_count: Number of layers of the default choice.
+
+    Returns:
+        Name -> layer, in the model's order.
+
+    Raises:
+        ValueError: No self-attention in the model, or a name or number that matches none.
+        TypeError: ``layers`` is one string, or an entry is neither name nor number.
+    """
+    found = find_attention(model, self_only=True)
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no self-attention layer "
+            "(a module with to_q, to_k, to_v, to_out and a head count)"
+        )
+    numbers = decoder_block_numbers(model, found)
+    if not numbers:
+        numbers = {name: position for position, name in enumerate(found)}
+    if layers is None:
+        return {name: found[name] for name in list(numbers)[-default_count:]}
+    if isinstance(layers, str):
+        raise TypeError(f"layers must be a sequence of names or numbers, got the string {layers!r}")
+    chosen: set[str] = set()
+    for entry in layers:
+        if isinstance(entry, str):
+            matches = {name for name in found if name == entry or name.startswith(entry + ".")}
+            hint = near_matches(entry, found)
+        elif isinstance(entry, int) and not isinstance(entry, bool):
+            matches = {name for name, number in numbers.items() if number == entry}
+            hint = f"numbers with self-attention: {sorted(set(numbers.values()))}"
+        else:
+            raise TypeError(f"layers: expected names or numbers, got {entry!r}")
+        if not matches:
+            raise ValueError(f"layers: no self-attention layer matches {entry!r}; {hint}")
+        chosen |= matches
+    if not chosen:
+        raise ValueError("layers is empty: choose at least one self-attention layer")
+    return {name: layer for name, layer in found.items() if name in chosen}
+
+
+def _split_heads(x: Tensor, heads: int) -> Tensor:
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _prepare_mask(layer: nn.Module, mask: Tensor, batch: int, tokens: int) -> Tensor:
+    """Bring an attention mask to (B, H | 1, N | 1, M)."""
+    prepare = getattr(layer, "prepare_attention_mask", None)
+    if prepare is None:
+        if mask.ndim == 2:
+            return mask[:, None, None, :]
+        return mask[:, None] if mask.ndim == 3 else mask
+    mask = prepare(mask, tokens, batch)
+    return mask.view(batch, head_count(layer), -1, mask.shape[-1])
+
+
+def run_projected_attention(
+    layer: nn.Module,
+    core: AttentionCore,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    temb: Tensor | None = None,
+) -> Tensor:
+    """Everything an attention layer does around softmax(q k^T) v, with ``core`` in its middle.
+
+    Spatial norm, (B, C, H, W) inputs, group norm, norm of the context, projections, q and k norms,
+    then the core, then output projection, residual and rescaling, each where the layer has it.
+
+    Args:
+        layer: An attention layer (see the module docstring).
+        core: The attention itself, on split heads.
+        hidden_states: (B, N, C), or (B, C, H, W).
+        encoder_hidden_states: (B, M, C') context for cross-attention, or None.
+        attention_mask: Mask in the form the layer's library uses, or None.
+        temb: Time embedding for a spatial norm, or None.
+
+    Returns:
+        A tensor of the shape of ``hidden_states`` (last axis: the output width).
+    """
+    residual = hidden_states
+    spatial_norm = getattr(layer, "spatial_norm", None)
+    if spatial_norm is not None:
+        hidden_states = spatial_norm(hidden_states, temb)
+
+    image_size = hidden_states.shape[-2:] if hidden_states.ndim == 4 else None
+    if image_size is not None:
+        hidden_states = hidden_states.flatten(2).transpose(1, 2)
+
+    context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+    mask = attention_mask
+    if mask is not None:
+        mask = _prepare_mask(layer, mask, context.shape[0], context.shape[1])
+
+    group_norm = getattr(layer, "group_norm", None)
+    if group_norm is not None:
+        hidden_states = group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+    if encoder_hidden_states is None:
+        context = hidden_states
+    elif getattr(layer, "norm_cross", None) is not None:
+        context = layer.norm_encoder_hidden_states(encoder_hidden_states)
+
+    heads = head_count(layer)
+    query, key, value = layer.to_q(hidden_states), layer.to_k(context), layer.to_v(context)
+    # Fewer key heads than query heads is legal (grouped-query attention).
+    key_heads = key.shape[-1] * heads // query.shape[-1]
+    query, key = _split_heads(query, heads), _split_heads(key, key_heads)
+    value = _split_heads(value, key_heads)
+    for name in ("norm_q", "norm_k"):
+        norm = getattr(layer, name, None)
+        if norm is not None and name == "norm_q":
+            query = norm(query)
+        elif norm is not None:
+            key = norm(key)
+
+    out = core(query, key, value, mask).transpose(1, 2).flatten(2).to(query.dtype)
+
+    stages = layer.to_out if isinstance(layer.to_out, nn.ModuleList) else (layer.to_out,)
+    for stage in stages:
+        out = stage(out)
+    if image_size is not None:
+        out = out.transpose(1, 2).unflatten(2, image_size)
+    if getattr(layer, "residual_connection", False):
+        out = out + residual
+    factor = getattr(layer, "rescale_output_factor", 1.0)
+    return out if factor == 1.0 else out / factor
+
+
+def attention_scale(layer: nn.Module) -> float | None:
+    """The layer's own logit scale, or None for the usual 1/sqrt(D)."""
+    scale = getattr(layer, "scale", None)
+    return float(scale) if isinstance(scale, (int, float)) else None
+
+
+class LayerReplacement(Protocol):
+    """What :class:`PatchHandle` puts in the place of a layer's attention.
+
+    ``previous`` is the processor (or forward function) that was there before; the replacement may
+    call it, and removal links around it. An ``idle`` replacement only passes the call on.
+    """
+
+    name: str
+    idle: bool
+    previous: Callable[..., Tensor]
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor: ...
+
+
+def _has_processor(layer: nn.Module) -> bool:
+    return hasattr(layer, "processor") and hasattr(layer, "set_processor")
+
+
+class _ForwardSlot:
+    """Stands in for ``layer.forward`` and gives a plain layer the processor protocol."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer = layer
+        self._saved = layer.__dict__.get("forward")  # None: the class's own forward
+        self._original = layer.forward
+        self._extra_names = list(inspect.signature(self._original).parameters)[1:]
+        self.processor: Callable[..., Tensor] = self._original
+        functools.update_wrapper(self, self._original)
+
+    # The layer's own argument names are unknown here, so its call is forwarded as it came.
+    def __call__(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+        processor = self.processor
+        while processor is not self._original and processor.idle:
+            processor = processor.previous
+        if processor is self._original:
+            return self._original(hidden_states, *args, **kwargs)
+        extras = dict(zip(self._extra_names, args, strict=False)) | kwargs
+        given = [name for name, value in extras.items() if value is not None]
+        if given:
+            raise ValueError(
+                f"layer {processor.name!r} received {', '.join(given)} beside its input: "
+                "only plain self-attention is supported here"
+            )
+        return processor(self._layer, hidden_states)
+
+    def set_processor(self, processor: Callable[..., Tensor]) -> None:
+        self.processor = processor
+        if processor is not self._original:
+            self._layer.forward = self
+        elif self._saved is None:
+            del self._layer.forward
+        else:
+            self._layer.forward = self._saved
+
+
+def _slot(layer: nn.Module) -> nn.Module | _ForwardSlot:
+    """What holds the layer's processor: the layer itself, or a stand-in for its forward."""
+    if _has_processor(layer):
+        return layer
+    forward = layer.__dict__.get("forward")
+    return forward if isinstance(forward, _ForwardSlot) else _ForwardSlot(layer)
+
+
+def check_replaceable(name: str, layer: nn.Module) -> None:
+    """Refuse a layer whose current attention is more than plain attention.
+
+    Raises:
+        ValueError: The layer has added key projections, or a processor that adds something.
+    """
+    if getattr(layer, "added_kv_proj_dim", None) is not None:
+        raise ValueError(f"layer {name!r} has added key/value projections, which are not supported")
+    if not _has_processor(layer):
+        return
+    processor = layer.processor
+    if type(processor).__name__ in PLAIN_PROCESSORS or hasattr(processor, "previous"):
+        return
+    raise ValueError(
+        f"layer {name!r} uses the processor {type(processor).__name__}: replacing it would drop "
+        "what it does beyond plain attention; choose other layers or unload it first"
+    )
+
+
+class PatchHandle:
+    """A set of layer replacements that can be taken out again.
+
+    Several handles may sit on the same layer and may be removed in any order: each takes out
+    exactly its own replacements. ``with handle: ...`` removes on leaving, also after an exception.
+    A replacement that somebody else has overwritten meanwhile is left alone, with a warning.
+
+    Args:
+        replacements: Layer name -> (layer, replacement).
+    """
+
+    def __init__(self, replacements: dict[str, tuple[nn.Module, LayerReplacement]]) -> None:
+        for name, (layer, _) in replacements.items():
+            check_replaceable(name, layer)
+        self._replacements = replacements
+        self._installed = True
+        for layer, replacement in replacements.values():
+            slot = _slot(layer)
+            replacement.previous = slot.processor
+            slot.set_processor(replacement)
+
+    @property
+    def installed(self) -> bool:
+        """Whether the replacements are still in the model."""
+        return self._installed
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the replaced layers."""
+        return tuple(self._replacements)
+
+    def remove(self) -> None:
+        """Give every layer back what it had; a second call does nothing."""
+        if not self._installed:
+            return
+        self._installed = False
+        lost = [
+            name
+            for name, (layer, replacement) in self._replacements.items()
+            if not _unlink(layer, replacement)
+        ]
+        if lost:
+            warnings.warn(
+                "the attention of these layers was replaced by someone else after this patch, and "
+                f"is left as it is: {', '.join(lost)}",
+                stacklevel=2,
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        state = "installed" if self._installed else "removed"
+        return f"{type(self).__name__}({len(self._replacements)} layers, {state})"
+
+
+def _unlink(layer: nn.Module, replacement: LayerReplacement) -> bool:
+    """Take a replacement out of the chain on its layer; False if it is not there any more."""
+    slot = _slot(layer)
+    if slot.processor is replacement:
+        slot.set_processor(replacement.previous)
+        return True
+    above = slot.processor
+    while above is not None:
+        below = getattr(above, "previous", None)
+        if below is replacement:
+            above.previous = replacement.previous
+            return True
+        above = below
+    return False

@@ -1,0 +1,1 @@
+"""Control of diffusion models at sampling time: attention injection, windows, guidance."""
