@@ -1,0 +1,142 @@
+"""What a benchmark case is: plain data describing the call, its alternatives and the bar it must meet."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+Tensors = dict[str, torch.Tensor]
+Expression = Callable[[Tensors], object]
+
+# Modules of this package that define CASES. A new op adds its module name here.
+OP_MODULES = ("attention", "adain")
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+# forward: no gradients.  backward: gradients alone, of a graph built before the clock starts.
+# full: forward and backward together.  hvp: the expression takes its second derivatives itself.
+MODES = ("forward", "backward", "full", "hvp")
+
+
+# Key of the output gradient among a workload's tensors, where a mode needs one.
+GRAD = "grad_out"
+
+
+class Unavailable(Exception):
+    """A case, peer or measurement that cannot run here. The message says why and becomes its row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """One (dtype, mode) of a case, with the figures it must reach.
+
+    ``bar`` is best peer time / transfuse time, ``memory_bar`` smallest peer peak / transfuse peak.
+    ``bars`` holds further time bars against single peers, by peer name.
+    """
+
+    dtype: str
+    mode: str = "forward"
+    bar: float | None = None
+    memory_bar: float | None = None
+    bars: dict[str, float] = field(default_factory=dict)
+    quick: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What a case is built for."""
+
+    dtype: torch.dtype
+    mode: str
+    device: torch.device
+    seed: int = 0
+
+    def generator(self) -> torch.Generator:
+        # Always a CPU generator: the same seed must give the same inputs on every device.
+        return torch.Generator().manual_seed(self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """One built case: inputs, transfuse's call, what users would write, and the arithmetic it stands for.
+
+    ``expressions`` are the alternatives by kind ("sdpa", "explicit", ...); ``peers`` of this package
+    say how each is run (eagerly, compiled, by another package). Every expression maps the tensors to
+    the same output as ``ours``. ``variants`` are further ways to write it with transfuse.
+    ``reference`` must also accept float64 tensors. ``heads`` set means heads are independent (axis 1
+    of every tensor whose axis 1 has that size), so that the oracle may go head by head and
+    never hold a whole float64 attention map. ``needs_bytes`` (by kind of expression) keeps a peer that
+    would not fit from being started, ``skips`` (by peer) one that is known to be hopeless: why.
+    """
+
+    tensors: Tensors
+    ours: Expression
+    reference: Expression
+    expressions: dict[str, Expression]
+    yardstick: str
+    flops: int
+    bytes: int
+    floor_note: str
+    inputs: str
+    shape: dict[str, object]
+    variants: dict[str, Expression] = field(default_factory=dict)
+    differentiable: tuple[str, ...] = ()
+    heads: int | None = None
+    needs_bytes: dict[str, int] = field(default_factory=dict)
+    skips: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A named benchmark case of one op.
+
+    ``peers`` and ``quick_peers`` are names of ``transfuse.bench.peers``; the quick ones leave out what
+    takes long to compile. ``hidden`` cases run only when named.
+    """
+
+    name: str
+    title: str
+    make: Callable[[Setup], Workload]
+    targets: tuple[Target, ...]
+    peers: tuple[str, ...]
+    quick_peers: tuple[str, ...] = ()
+    modes: tuple[str, ...] = ("forward",)
+    hidden: bool = False
+    memory: bool = False
+
+
+def load_cases(ops: tuple[str, ...] = OP_MODULES) -> dict[str, tuple[Case, ...]]:
+    """The cases of the given ops, by op."""
+    return {op: importlib.import_module(f".{op}", __package__).CASES for op in ops}
+
+
+def select_targets(
+    case: Case, *, dtypes: tuple[str, ...], mode: str | None, quick: bool
+) -> tuple[Target, ...]:
+    """The targets of a case that a command line asks for.
+
+    Without ``dtypes`` and ``mode``, the case's own (only the quick ones when ``quick``). With them,
+    every asked combination the case can run; one without a bar of its own is run without a bar.
+    """
+    if not dtypes and mode is None:
+        return tuple(target for target in case.targets if target.quick or not quick)
+    if mode is not None and mode not in case.modes:
+        return ()
+    own = {(target.dtype, target.mode): target for target in case.targets}
+    wanted_modes = (
+        (mode,) if mode is not None else tuple(dict.fromkeys(t.mode for t in case.targets))
+    )
+    wanted_dtypes = dtypes if dtypes else tuple(dict.fromkeys(t.dtype for t in case.targets))
+    return tuple(
+        own.get((dtype, wanted), Target(dtype=dtype, mode=wanted))
+        for wanted in wanted_modes
+        for dtype in wanted_dtypes
+    )

@@ -1,0 +1,181 @@
+"""The correctness gate: no candidate is timed before it agrees with the float64 oracle.
+
+The tolerance rule is the library's own, stated in :mod:`transfuse.testing.oracle`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from transfuse.testing.oracle import (
+    GRADIENT_UNITS,
+    SECOND_UNITS,
+    VALUE_UNITS,
+    compare,
+    distance,
+    magnitude,
+    widen,
+)
+
+from .cases import GRAD, Expression, Tensors, Workload
+
+UNITS = {
+    "forward": VALUE_UNITS,
+    "backward": GRADIENT_UNITS,
+    "full": GRADIENT_UNITS,
+    "hvp": SECOND_UNITS,
+}
+# Eager torch itself must be within this many eps of the largest value; beyond it the yardstick is
+# broken, not noisy, and twice its error would let anything through.
+SANE = 64.0
+
+Outputs = tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Outcome for one candidate, at the output with the largest error / tolerance."""
+
+    passed: bool
+    error: float
+    tolerance: float
+    reason: str = ""
+
+
+def as_tuple(result: object) -> Outputs:
+    """A candidate's result as a flat tuple of tensors."""
+    if isinstance(result, torch.Tensor):
+        return (result,)
+    if isinstance(result, (tuple, list)):
+        return tuple(tensor for item in result for tensor in as_tuple(item))
+    raise TypeError(f"candidate returned {type(result).__name__}, expected tensors")
+
+
+def bind(
+    expression: Expression, tensors: Tensors, *, mode: str, differentiable: Sequence[str]
+) -> Callable[[], Outputs]:
+    """A call without arguments that runs ``expression`` in the given mode.
+
+    forward and hvp return the expression's outputs; backward and full return the gradients of every
+    differentiable input for the output gradient ``tensors[GRAD]``.
+    """
+    if mode == "hvp":
+        return lambda: as_tuple(expression(tensors))
+    if mode == "forward":
+
+        def forward() -> Outputs:
+            with torch.no_grad():
+                return as_tuple(expression(tensors))
+
+        return forward
+    if not differentiable:
+        raise ValueError(f"mode {mode!r}: the case names no differentiable inputs")
+    leaves = {
+        name: tensor.detach().requires_grad_(name in differentiable)
+        for name, tensor in tensors.items()
+    }
+    inputs = [leaves[name] for name in differentiable]
+    grad = leaves[GRAD]
+    if mode == "full":
+        return lambda: torch.autograd.grad(as_tuple(expression(leaves))[0], inputs, grad)
+    output = as_tuple(expression(leaves))[0]
+    return lambda: torch.autograd.grad(output, inputs, grad, retain_graph=True)
+
+
+def oracle(workload: Workload, *, mode: str) -> Outputs:
+    """float64 reference on the rounded inputs, head by head where heads are independent."""
+    mode = "full" if mode == "backward" else mode
+    double = widen(workload.tensors)
+    slices = [double] if workload.heads is None else _by_head(double, workload.heads)
+    parts = []
+    for part in slices:
+        call = bind(workload.reference, part, mode=mode, differentiable=workload.differentiable)
+        parts.append(tuple(result.detach() for result in call()))
+    if len(parts) == 1:
+        return parts[0]
+    return tuple(torch.cat(results, dim=1) for results in zip(*parts, strict=True))
+
+
+def _by_head(tensors: Tensors, heads: int) -> list[Tensors]:
+    return [
+        {
+            name: tensor.narrow(1, head, 1)
+            if tensor.ndim >= 3 and tensor.shape[1] == heads
+            else tensor
+            for name, tensor in tensors.items()
+        }
+        for head in range(heads)
+    ]
+
+
+class Gate:
+    """Holds the oracle and eager torch's result for one workload, and judges candidates by them.
+
+    Outputs are judged one by one, except those of a Hessian-vector product: they are pieces of one
+    vector and share one tolerance.
+
+    Raises:
+        RuntimeError: eager torch is itself too far from the oracle to measure anything by.
+    """
+
+    def __init__(self, truth: Outputs, eager: Outputs, *, mode: str, inputs: Tensors) -> None:
+        self._shapes = [tuple(tensor.shape) for tensor in truth]
+        self._dtypes = [tensor.dtype for tensor in eager]
+        self._mode = mode
+        self._truth = self._judged(truth)
+        self._eager = self._judged(eager)
+        # The largest number a result was made from, as the tolerance rule defines it.
+        self._terms = magnitude(*inputs.values()) if mode == "forward" else magnitude(*self._truth)
+        for index, (ours, right) in enumerate(zip(self._eager, self._truth, strict=True)):
+            error = distance(ours, right)
+            unit = torch.finfo(ours.dtype).eps * max(magnitude(right), self._terms / 8)
+            # Written so that NaN fails.
+            if not error <= SANE * unit and ours.dtype != torch.float64:
+                raise RuntimeError(
+                    f"eager torch is off by {error:.3g} at output {index}, more than {SANE:g} units "
+                    f"of {unit:.3g}: nothing can be judged by it"
+                )
+
+    def judge(self, outputs: Outputs) -> Verdict:
+        """Compare one candidate's outputs with the oracle."""
+        outputs = tuple(tensor.detach() for tensor in outputs)
+        if len(outputs) != len(self._shapes):
+            return _refuse(f"returned {len(outputs)} outputs, expected {len(self._shapes)}")
+        for index, output in enumerate(outputs):
+            if tuple(output.shape) != self._shapes[index]:
+                return _refuse(
+                    f"output {index} has shape {tuple(output.shape)}, expected {self._shapes[index]}"
+                )
+            if output.dtype != self._dtypes[index]:
+                return _refuse(
+                    f"output {index} has dtype {output.dtype}, expected {self._dtypes[index]}"
+                )
+        worst = Verdict(True, 0.0, math.inf)
+        for index, output in enumerate(self._judged(outputs)):
+            verdict = compare(
+                output,
+                self._truth[index],
+                self._eager[index],
+                units=UNITS[self._mode],
+                terms=self._terms,
+            )
+            if not verdict.ok:
+                return Verdict(
+                    False, verdict.error, verdict.limit, f"wrong: output {index}, {verdict}"
+                )
+            # error / limit without dividing by a limit of zero.
+            if verdict.error * worst.tolerance > worst.error * verdict.limit or index == 0:
+                worst = Verdict(True, verdict.error, verdict.limit)
+        return worst
+
+    def _judged(self, outputs: Outputs) -> Outputs:
+        if self._mode != "hvp":
+            return outputs
+        return (torch.cat([tensor.reshape(-1) for tensor in outputs]),)
+
+
+def _refuse(reason: str) -> Verdict:
+    return Verdict(False, math.inf, 0.0, f"wrong: {reason}")

@@ -1,0 +1,55 @@
+"""Peers that torch itself offers: eager, compiled, FlexAttention."""
+
+from __future__ import annotations
+
+import torch
+
+from ..cases import Expression, Unavailable
+from . import Peer
+
+
+def as_written(expression: Expression, device: torch.device, mode: str) -> Expression:
+    """Run the expression eagerly."""
+    return expression
+
+
+def compiled(expression: Expression, device: torch.device, mode: str) -> Expression:
+    """Run the expression under torch.compile, specialised to its shapes as a benchmark user would."""
+    # Graphs of earlier cases would count against the recompile limit of this one.
+    torch._dynamo.reset()
+    return torch.compile(expression, fullgraph=True, dynamic=False)
+
+
+def compiled_flex(expression: Expression, device: torch.device, mode: str) -> Expression:
+    """FlexAttention under torch.compile; on the CPU torch offers its forward only."""
+    if device.type == "cpu" and mode != "forward":
+        raise Unavailable("compiled FlexAttention has no backward on the CPU")
+    return compiled(expression, device, mode)
+
+
+PEERS = (
+    Peer(name="sdpa", kind="sdpa", title="torch SDPA, eager", prepare=as_written),
+    Peer(name="sdpa-compile", kind="sdpa", title="torch.compile of the SDPA expression",
+         prepare=compiled, compiles=True),
+    Peer(name="sdpa-bias", kind="sdpa-bias", title="torch SDPA with a prepared additive mask",
+         prepare=as_written),
+    Peer(name="sdpa-math", kind="sdpa-math", title="torch SDPA, math backend", prepare=as_written),
+    Peer(name="explicit", kind="explicit", title="explicit softmax, eager", prepare=as_written),
+    Peer(name="explicit-compile", kind="explicit", title="torch.compile of explicit softmax",
+         prepare=compiled, compiles=True),
+    Peer(name="explicit-jvp", kind="explicit-jvp",
+         title="explicit softmax, forward over reverse (torch.func)", prepare=as_written),
+    Peer(name="explicit-jvp-compile", kind="explicit-jvp",
+         title="torch.compile of explicit softmax, forward over reverse", prepare=compiled,
+         compiles=True),
+    Peer(name="flex", kind="flex", title="FlexAttention, eager", prepare=as_written),
+    Peer(name="flex-compile", kind="flex", title="FlexAttention under torch.compile",
+         prepare=compiled_flex, compiles=True),
+    Peer(name="eager", kind="eager", title="eager torch", prepare=as_written),
+    Peer(name="separate", kind="separate", title="eager torch, as published code writes it",
+         prepare=as_written),
+    Peer(name="separate-compile", kind="separate", title="torch.compile of the published expression",
+         prepare=compiled, compiles=True),
+    Peer(name="eager-compile", kind="eager", title="torch.compile of the eager expression",
+         prepare=compiled, compiles=True),
+)  # fmt: skip
