@@ -81,7 +81,7 @@ def run_parser() -> argparse.ArgumentParser:
         "--baseline", type=Path, metavar="OLD.json", help="compare with this record"
     )
     parser.add_argument("--fail-over", type=_factor, default=1.10, metavar="FACTOR",
-                        help="with --baseline: fail when a median grew by more (default 1.10)")  # fmt: skip
+                        help="with --baseline: fail when a median grew by more (1.10)")  # fmt: skip
     return parser
 
 
@@ -117,7 +117,8 @@ def main(arguments: Sequence[str] | None = None, *, restart: bool = False) -> in
             wanted = "default" if options.allocator == "default" else "warm"
             allocator.restart_if_needed(wanted, arguments, options.threads)
         return _run(options, arguments)
-    except records.RecordError as error:
+    except (records.RecordError, ImportError) as error:
+        # ImportError: the package's own message names the missing binary and how to build it.
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USAGE
 

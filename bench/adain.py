@@ -11,9 +11,9 @@ from .cases import GRAD, Case, Setup, Target, Tensors, Workload
 from .inputs import normal
 
 FLOOR = (
-    "three passes of memory: content read once, style read once, output written once, at the measured "
-    "copy bandwidth (a channel of the content stays in cache between its statistics and its rewriting); "
-    "twice that for gradients"
+    "three passes of memory: content read once, style read once, output written once, at the "
+    "measured copy bandwidth (a channel of the content stays in cache between its statistics and "
+    "its rewriting); twice that for gradients"
 )
 EPS = 1e-4
 

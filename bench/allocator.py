@@ -1,10 +1,10 @@
 """Allocator settings of a timing run.
 
 glibc returns large freed blocks to the system and takes page faults to get them back. Code that
-allocates large temporaries on every call, as eager torch does, then spends much of its time in the kernel;
-a fused op that allocates little looks several times faster than it is. Timing with both thresholds
-raised keeps memory in the process for every candidate alike. What a user without these settings
-sees is a different, legitimate figure: ``--allocator both`` records it beside the first.
+allocates large temporaries on every call, as eager torch does, then spends much of its time in the
+kernel; a fused op that allocates little looks several times faster than it is. Timing with both
+thresholds raised keeps memory in the process for every candidate alike. What a user without these
+settings sees is a different, legitimate figure: ``--allocator both`` records it beside the first.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def restart_if_needed(wanted: str, arguments: Sequence[str], threads: int | None
     """Replace this process by one that has the wanted settings from its first allocation on.
 
     glibc reads them once, at start, so they cannot be changed in place. Does nothing when they are
-    already right, when the C library has no such settings, or in a process that was itself restarted.
+    already right, when the C library has no such settings, or in a process that was itself
+    restarted.
     """
     if not supported() or RESTARTED in os.environ:
         return

@@ -21,9 +21,9 @@ from .inputs import DESCRIPTION, normal, photo_heads
 from .vit import Attention, explicit_attention
 
 FLOOR = (
-    "max(4 B H N M D flops / measured peak, inputs and outputs moved once / measured copy bandwidth); "
-    "flops x the share of pairs a mask leaves, x 2.5 for backward, x 3.5 for forward and backward "
-    "(both with recomputation), x 9 for a Hessian-vector product"
+    "max(4 B H N M D flops / measured peak, inputs and outputs moved once / measured copy "
+    "bandwidth); flops x the share of pairs a mask leaves, x 2.5 for backward, x 3.5 for forward and "
+    "backward (both with recomputation), x 9 for a Hessian-vector product"
 )
 WORK = {"forward": 1.0, "backward": 2.5, "full": 3.5, "hvp": 9.0}
 
@@ -43,7 +43,7 @@ def _bytes_of(*tensors: torch.Tensor) -> int:
 
 
 def _moved(mode: str, inputs: int, outputs: int) -> int:
-    """Bytes no implementation can avoid: gradients have the inputs' sizes and need the inputs again."""
+    """Bytes no implementation can avoid: gradients have the inputs' sizes and need them again."""
     return inputs + outputs if mode == "forward" else 2 * (inputs + outputs)
 
 

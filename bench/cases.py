@@ -1,4 +1,4 @@
-"""What a benchmark case is: plain data describing the call, its alternatives and the bar it must meet."""
+"""What a benchmark case is: plain data on the call, its alternatives and the bar it must meet."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ GRAD = "grad_out"
 
 
 class Unavailable(Exception):
-    """A case, peer or measurement that cannot run here. The message says why and becomes its row."""
+    """A case, peer or measurement that cannot run here. The message becomes its row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,15 +66,16 @@ class Setup:
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """One built case: inputs, transfuse's call, what users would write, and the arithmetic it stands for.
+    """One built case: inputs, transfuse's call, what users would write, and the work it stands for.
 
-    ``expressions`` are the alternatives by kind ("sdpa", "explicit", ...); ``peers`` of this package
-    say how each is run (eagerly, compiled, by another package). Every expression maps the tensors to
-    the same output as ``ours``. ``variants`` are further ways to write it with transfuse.
-    ``reference`` must also accept float64 tensors. ``heads`` set means heads are independent (axis 1
-    of every tensor whose axis 1 has that size), so that the oracle may go head by head and
-    never hold a whole float64 attention map. ``needs_bytes`` (by kind of expression) keeps a peer that
-    would not fit from being started, ``skips`` (by peer) one that is known to be hopeless: why.
+    ``expressions`` are the alternatives by kind ("sdpa", "explicit", ...); ``peers`` of this
+    package say how each is run (eagerly, compiled, by another package). Every expression maps the
+    tensors to the same output as ``ours``. ``variants`` are further ways to write it with
+    transfuse. ``reference`` must also accept float64 tensors. ``heads`` set means heads are
+    independent (axis 1 of every tensor whose axis 1 has that size), so that the oracle may go head
+    by head and never hold a whole float64 attention map. ``needs_bytes`` (by kind of expression)
+    keeps a peer that would not fit from being started, ``skips`` (by peer) one that is known to be
+    hopeless: why.
     """
 
     tensors: Tensors
@@ -98,8 +99,8 @@ class Workload:
 class Case:
     """A named benchmark case of one op.
 
-    ``peers`` and ``quick_peers`` are names of ``transfuse.bench.peers``; the quick ones leave out what
-    takes long to compile. ``hidden`` cases run only when named.
+    ``peers`` and ``quick_peers`` are names of ``transfuse.bench.peers``; the quick ones leave out
+    what takes long to compile. ``hidden`` cases run only when named.
     """
 
     name: str

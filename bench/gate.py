@@ -135,8 +135,8 @@ class Gate:
             # Written so that NaN fails.
             if not error <= SANE * unit and ours.dtype != torch.float64:
                 raise RuntimeError(
-                    f"eager torch is off by {error:.3g} at output {index}, more than {SANE:g} units "
-                    f"of {unit:.3g}: nothing can be judged by it"
+                    f"eager torch is off by {error:.3g} at output {index}, more than {SANE:g} "
+                    f"units of {unit:.3g}: nothing can be judged by it"
                 )
 
     def judge(self, outputs: Outputs) -> Verdict:
@@ -146,9 +146,8 @@ class Gate:
             return _refuse(f"returned {len(outputs)} outputs, expected {len(self._shapes)}")
         for index, output in enumerate(outputs):
             if tuple(output.shape) != self._shapes[index]:
-                return _refuse(
-                    f"output {index} has shape {tuple(output.shape)}, expected {self._shapes[index]}"
-                )
+                got, expected = tuple(output.shape), self._shapes[index]
+                return _refuse(f"output {index} has shape {got}, expected {expected}")
             if output.dtype != self._dtypes[index]:
                 return _refuse(
                     f"output {index} has dtype {output.dtype}, expected {self._dtypes[index]}"

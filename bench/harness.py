@@ -1,4 +1,4 @@
-"""Runs one case: build, oracle, gate, interleaved timing, memory, ratios. Returns plain JSON data."""
+"""Runs one case: oracle, gate, interleaved timing, memory, ratios. Returns plain JSON data."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ COMPILE_SECONDS = 25.0
 class Settings:
     """How a run is made.
 
-    ``peers`` None means those of the case. ``stop_at`` is a reading of ``time.monotonic`` after which
-    nothing more is started. ``memory`` measures the peak of every case, not only of those that ask.
+    ``peers`` None means those of the case. ``stop_at`` is a reading of ``time.monotonic`` after
+    which nothing more is started. ``memory`` measures the peak of every case, not only of those
+    that ask.
     """
 
     device: torch.device
@@ -100,8 +101,9 @@ def run_case(op: str, case: Case, target: Target, settings: Settings) -> dict[st
     """Benchmark one (case, dtype, mode).
 
     Returns:
-        One entry of a record's ``results`` (:mod:`transfuse.bench.records`). A case that cannot run here
-        is an entry with ``status`` "unavailable" and the reason; nothing a candidate does raises.
+        One entry of a record's ``results`` (:mod:`transfuse.bench.records`). A case that cannot run
+        here is an entry with ``status`` "unavailable" and the reason; nothing a candidate does
+        raises.
     """
     entry: dict[str, object] = {
         "op": op,

@@ -1,10 +1,10 @@
 """Inputs: random ones, and activations of two real photographs.
 
 The photographs are scikit-learn's ``china.jpg`` and ``flower.jpg`` (427 x 640). A token is an
-overlapping 16 x 16 colour patch on a regular grid, normalised as a layer norm would; queries, keys and
-values are three fixed, seeded Gaussian projections of it to heads x width. These are *random projections
-of real photographs*, not activations of a pretrained network: what they add over noise is the
-correlation between neighbouring tokens and the uneven attention that comes with it.
+overlapping 16 x 16 colour patch on a regular grid, normalised as a layer norm would; queries, keys
+and values are three fixed, seeded Gaussian projections of it to heads x width. These are *random
+projections of real photographs*, not activations of a pretrained network: what they add over noise
+is the correlation between neighbouring tokens and the uneven attention that comes with it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DESCRIPTION = (
 def normal(
     *shape: int, generator: torch.Generator, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """Standard normal values, drawn in float32 and rounded, so that every dtype sees the same numbers."""
+    """Standard normal values, drawn in float32 and rounded: every dtype sees the same numbers."""
     return torch.randn(*shape, generator=generator).to(device=device, dtype=dtype)
 
 
@@ -56,7 +56,7 @@ def photo(name: str) -> torch.Tensor:
 
 
 def photo_tokens(name: str, *, size: tuple[int, int]) -> torch.Tensor:
-    """A photograph as tokens, row-major over ``size``: (size[0] * size[1], 768) float32, layer-normed."""
+    """A photograph as layer-normed tokens, row-major over ``size``: (size[0] * size[1], 768)."""
     picture = photo(name)
     rows = torch.linspace(0, picture.shape[0] - PATCH, size[0]).round().long()
     columns = torch.linspace(0, picture.shape[1] - PATCH, size[1]).round().long()

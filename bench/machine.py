@@ -16,13 +16,16 @@ import torch
 
 # Processor features that decide which kernels run, ours or torch's. The rest of the list is noise.
 RELEVANT_FLAGS = frozenset(
-    ["avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "asimd", "asimdhp", "bf16", "sve", "sve2"]
-)
-ENVIRONMENT_PREFIXES = ("MALLOC_", "OMP_", "KMP_", "GOMP_", "MKL_", "TRANSFUSE_", "TORCHINDUCTOR_")
+    ("avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16",
+     "avx512_fp16", "amx_tile", "amx_bf16", "asimd", "asimdhp", "bf16", "sve", "sve2")
+)  # fmt: skip
+ENVIRONMENT_PREFIXES = (
+    "MALLOC_", "OMP_", "KMP_", "GOMP_", "MKL_", "TRANSFUSE_", "TORCHINDUCTOR_"
+)  # fmt: skip
 
 
 def environment(device: torch.device) -> dict[str, object]:
-    """Everything about this machine and installation that may change a figure, as plain JSON data."""
+    """Everything about machine and installation that may change a figure, as plain JSON data."""
     return {
         "cpu": _cpu_model(),
         "cpu_flags": sorted(_cpu_flags() & RELEVANT_FLAGS),

@@ -1,12 +1,13 @@
 """Peak memory of one call, measured in a fresh process.
 
-The call runs once so that threads, code and library state exist, everything is freed, and the peak of a
-second call is taken over the memory in use right before it. The result of the call counts. The
-allocator is told to return freed blocks at once, or memory kept from the first call would hide the second.
+The call runs once so that threads, code and library state exist, everything is freed, and the peak
+of a second call is taken over the memory in use right before it. The result of the call counts. The
+allocator is told to return freed blocks at once, or memory kept from the first call would hide the
+second.
 
-Linux: the peak is the kernel's per-process high-water mark (VmHWM), reset before the call. ``ru_maxrss``
-is the fallback elsewhere; it cannot be reset and, worse, a child starts with its parent's value, so
-a small call after a large one reads zero there and is reported as unknown.
+Linux: the peak is the kernel's per-process high-water mark (VmHWM), reset before the call.
+``ru_maxrss`` is the fallback elsewhere; it cannot be reset and, worse, a child starts with its
+parent's value, so a small call after a large one reads zero there and is reported as unknown.
 """
 
 from __future__ import annotations
@@ -67,10 +68,18 @@ def measure_in_child(
     Raises:
         Unavailable: the child failed; the message is its own.
     """
+    values = {
+        "op": op,
+        "case": case,
+        "dtype": dtype,
+        "mode": mode,
+        "candidate": candidate,
+        "device": device,
+        "threads": str(threads),
+    }
     command = [sys.executable, "-m", __name__]
-    for name, value in (("op", op), ("case", case), ("dtype", dtype), ("mode", mode),
-                        ("candidate", candidate), ("device", device), ("threads", threads)):  # fmt: skip
-        command += [f"--{name}", str(value)]
+    for name, value in values.items():
+        command += [f"--{name}", value]
     variables = os.environ | RETURN_AT_ONCE | {"OMP_NUM_THREADS": str(threads)}
     try:
         done = subprocess.run(

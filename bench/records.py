@@ -1,4 +1,4 @@
-"""Benchmark records: one JSON document per run, checked on reading, replaced whole or not at all."""
+"""Benchmark records: one JSON document per run, checked on reading, replaced whole or not."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ SCHEMA = "transfuse.bench"
 VERSION = 1
 
 NUMBER = (int, float)
-# Fields and types of one result and of one candidate in it. None among the types means null is legal.
+# Fields and types of one result and of one candidate in it. None among the types means null is
+# legal.
 RESULT_FIELDS: dict[str, tuple[type | None, ...]] = {
     "op": (str,),
     "case": (str,),
@@ -59,7 +60,7 @@ Key = tuple[str, str, str, str, str, int, str]
 
 
 class RecordError(ValueError):
-    """A file that is not a usable record. The message names the file, the field and what was expected."""
+    """Not a usable record. The message names the file, the field and what was expected."""
 
 
 def make_record(
@@ -214,7 +215,7 @@ def label(key: Key) -> str:
 
 @dataclass(frozen=True)
 class Change:
-    """transfuse's median in two records. ``ratio`` is new / old; ``status`` one of CHANGE_STATUSES."""
+    """transfuse's median in two records: ``ratio`` new / old, ``status`` of CHANGE_STATUSES."""
 
     key: Key
     status: str
@@ -232,9 +233,9 @@ def compare(
 ) -> list[Change]:
     """What changed for transfuse between two records.
 
-    A case is "slower" when its median grew by more than the factor ``fail_over``, "lost" when it was
-    timed before and now failed or could not run. Both are regressions. A case the new record does
-    not contain is "not run" and no regression: a run may be asked for part of the cases.
+    A case is "slower" when its median grew by more than the factor ``fail_over``, "lost" when it
+    was timed before and now failed or could not run. Both are regressions. A case the new record
+    does not contain is "not run" and no regression: a run may be asked for part of the cases.
 
     Raises:
         ValueError: ``fail_over`` is not a factor above 1.
@@ -274,7 +275,7 @@ def regressions(changes: Sequence[Change]) -> list[Change]:
 
 
 def environment_differences(old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:
-    """Differences between two machines or installations that make times incomparable, for people."""
+    """Differences between two environments that make times incomparable, for people."""
     names = (
         "cpu",
         "cpu_flags",

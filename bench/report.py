@@ -12,6 +12,8 @@ from .cases import Case
 from .peers import Peer
 from .records import Change, label
 
+# Left edge of the plot, as a multiple of transfuse's time; a floor below it is not worth the room.
+LEFT_EDGE = 0.1
 # A file has no width; a terminal narrower than this wraps lines, which loses nothing.
 FILE_WIDTH, LEAST_WIDTH = 400, 120
 
@@ -226,7 +228,7 @@ def list_table(cases: Mapping[str, Sequence[Case]], peers: Mapping[str, Peer]) -
 
 
 def save_plot(record: Mapping[str, object], path: Path) -> str:
-    """Write a PNG: per case, each candidate's median as a multiple of transfuse's, bars and floor marked.
+    """Write a PNG: each candidate's median as a multiple of transfuse's, bars and floor marked.
 
     Returns:
         One line saying what was written, or which extra is missing.
@@ -266,7 +268,8 @@ def save_plot(record: Mapping[str, object], path: Path) -> str:
     axes.set_yticks([place for place, _ in ticks], [name for _, name in ticks], fontsize=7)
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.margins(x=0.15)
+    widest = max(max(result["peer_ratios"].values()) for result in drawn)
+    axes.set_xlim(LEFT_EDGE, 2.0 * max(widest, 1.0))
     axes.set_xlabel("median time / transfuse's   (dotted: floor, dashed: bar for the best peer)")
     environment = record["environment"]
     axes.set_title(
@@ -280,7 +283,8 @@ def save_plot(record: Mapping[str, object], path: Path) -> str:
 
 
 def _tick(result: Mapping[str, object]) -> str:
-    return f"{result['op']}/{result['case']}\n{result['dtype']} {result['mode']} ({result['allocator']})"
+    second = f"{result['dtype']} {result['mode']} ({result['allocator']})"
+    return f"{result['op']}/{result['case']}\n{second}"
 
 
 def _shape(shape: Mapping[str, object]) -> str:

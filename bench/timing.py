@@ -19,8 +19,8 @@ class Budget:
     """How long one case may be timed. Seconds.
 
     A candidate whose single call takes longer than ``call_limit`` is timed once; one that is
-    ``slow_factor`` times slower than the fastest is timed ``min_repeats`` times, so that it cannot eat
-    the time of the candidates that decide the ratio.
+    ``slow_factor`` times slower than the fastest is timed ``min_repeats`` times, so that it cannot
+    eat the time of the candidates that decide the ratio.
     """
 
     seconds: float = 10.0
@@ -80,7 +80,7 @@ def cpu_clock(call: Call) -> float:
 
 
 class CudaClock:
-    """Device time of one call, between two events, with the second-level cache emptied before it."""
+    """Device time of one call between two events, the second-level cache emptied before it."""
 
     def __init__(self, device: torch.device) -> None:
         properties = torch.cuda.get_device_properties(device)
@@ -115,11 +115,10 @@ def interleave(
     """Time all calls in turns, so that a change of the machine's state hits every candidate alike.
 
     Args:
-        calls: candidates by name. All have already passed the correctness gate.
-        budget: time and repeat limits; ``budget.seconds`` is for the whole case.
-        clock: measures one call, seconds.
-        now: the clock that the limits are kept by.
-        stop_at: reading of ``now`` after which no further round starts (each call is timed once at least).
+        calls: candidates by name. All have already passed the correctness gate. budget: time and
+        repeat limits; ``budget.seconds`` is for the whole case. clock: measures one call, seconds.
+        now: the clock that the limits are kept by. stop_at: reading of ``now`` after which no
+        further round starts (each call is timed once at least).
 
     Returns:
         Samples by name, and by name why a candidate was timed less often than the others or failed.
@@ -146,7 +145,8 @@ def interleave(
     try:
         started, rounds = now(), 0
         while active and rounds < budget.max_repeats:
-            # Rotating the order means no candidate always runs behind the same one's cache contents.
+            # Rotating the order means no candidate always runs behind the same one's cache
+            # contents.
             shift = rounds % len(active)
             for name in active[shift:] + active[:shift]:
                 try:
@@ -163,9 +163,8 @@ def interleave(
                     break
                 active, slow = _split_slow(active, times, budget.slow_factor)
                 for name in slow:
-                    notes[name] = (
-                        f"timed {len(times[name])} times: {budget.slow_factor:g} x slower than the fastest"
-                    )
+                    times_slower = f"{budget.slow_factor:g} x slower than the fastest"
+                    notes[name] = f"timed {len(times[name])} times: over {times_slower}"
     finally:
         if collecting:
             gc.enable()

@@ -1,6 +1,7 @@
 """A small vision transformer as plain functions, for Hessian-vector products with any attention.
 
-Functional rather than an ``nn.Module`` so that the same loss serves ``torch.autograd`` and ``torch.func``.
+Functional rather than an ``nn.Module`` so that the same loss serves ``torch.autograd`` and
+``torch.func``.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ def as_written(expression: Expression, device: torch.device, mode: str) -> Expre
 
 
 def compiled(expression: Expression, device: torch.device, mode: str) -> Expression:
-    """Run the expression under torch.compile, specialised to its shapes as a benchmark user would."""
+    """Run the expression under torch.compile, specialised to its shapes."""
     # Graphs of earlier cases would count against the recompile limit of this one.
     torch._dynamo.reset()
     return torch.compile(expression, fullgraph=True, dynamic=False)
@@ -48,8 +48,8 @@ PEERS = (
     Peer(name="eager", kind="eager", title="eager torch", prepare=as_written),
     Peer(name="separate", kind="separate", title="eager torch, as published code writes it",
          prepare=as_written),
-    Peer(name="separate-compile", kind="separate", title="torch.compile of the published expression",
-         prepare=compiled, compiles=True),
+    Peer(name="separate-compile", kind="separate",
+         title="torch.compile of the published expression", prepare=compiled, compiles=True),
     Peer(name="eager-compile", kind="eager", title="torch.compile of the eager expression",
          prepare=compiled, compiles=True),
 )  # fmt: skip
