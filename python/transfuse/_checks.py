@@ -106,7 +106,11 @@ def choice(name: str, value: object, table: Mapping[object, int]) -> int:
 
 
 def broadcast(name: str, value: Tensor, shape: tuple[int, ...], axes: Sequence[str]) -> Tensor:
-    """A view of ``value`` with ``shape`` under torch's broadcasting rules (stride 0, no copy)."""
+    """``value`` with the rank of ``shape``, each dimension full or 1, checked to broadcast to it.
+
+    Dimensions of 1 stay 1: kernels read them with stride 0, and a gradient has the same small
+    shape, where that of an expanded view would have to be formed in full before autograd sums it.
+    """
     given = value.shape
     surplus = len(shape) - len(given)
     fits = surplus >= 0
@@ -119,7 +123,7 @@ def broadcast(name: str, value: Tensor, shape: tuple[int, ...], axes: Sequence[s
             f"{name}: expected a shape that broadcasts to ({', '.join(axes)}) = {shape}, "
             f"got {tuple(given)}"
         )
-    return value.expand(shape)
+    return value[(None,) * surplus] if surplus > 0 else value
 
 
 def coefficient(
@@ -130,7 +134,7 @@ def coefficient(
     of: str,
     reference: Tensor,
 ) -> float | Tensor:
-    """A finite number, or a floating tensor that broadcasts to ``shape``; returned expanded."""
+    """A finite number, or a floating tensor that broadcasts to ``shape``; rank aligned."""
     if not isinstance(value, Tensor):
         return number(name, value)
     auxiliary(name, value, of, reference)

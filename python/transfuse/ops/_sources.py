@@ -2,8 +2,8 @@
 
 A call is described by frozen dataclasses (:class:`KV`, :class:`Blend`); :func:`normalise` checks
 all of it and lays it out as the parallel lists that kernels and autograd take, one entry per
-source. After it nothing needs to be checked again. It touches metadata only (the largest tensor op
-is ``expand``), is traceable by ``torch.compile(fullgraph=True)``, and costs tens of microseconds.
+source. After it nothing needs to be checked again. It touches metadata only (no tensor
+op beyond a view), is traceable by ``torch.compile(fullgraph=True)``, and costs tens of microseconds.
 """
 
 from __future__ import annotations
@@ -107,24 +107,27 @@ class AttendResult(NamedTuple):
 
 
 class Normalised(NamedTuple):
-    """A validated call as flat lists, one entry per source unless said."""
+    """A validated call as flat lists, one entry per source unless said.
+
+    What broadcasts has full rank with each dimension full or 1 ("aligned"); nothing is expanded.
+    """
 
     query: Tensor  # (B, H, N, D)
     query_other: Tensor | None  # (Bo, H, N, D)
-    query_weight: float | Tensor | None  # float or (B, H, N) view
+    query_weight: float | Tensor | None  # float or aligned (B, H, N)
     query_index: Tensor | None  # int64 (B,)
     keys: list[Tensor]  # (Bs, Hk, M, D)
     values: list[Tensor]  # (Bs, Hk, M, Dv)
     key_others: list[Tensor | None]  # (Bo, Hk, M, D)
-    key_weights: list[float | Tensor | None]  # float or (Bs, Hk, M) view
+    key_weights: list[float | Tensor | None]  # float or aligned (Bs, Hk, M)
     key_indices: list[Tensor | None]  # int64 (Bs,)
-    biases: list[Tensor | None]  # (B, H, N, M) view, query dtype or float32
-    masks: list[Tensor | None]  # bool (B, H, N, M) view
+    biases: list[Tensor | None]  # aligned (B, H, N, M), query dtype or float32
+    masks: list[Tensor | None]  # bool, aligned (B, H, N, M)
     indices: list[Tensor | None]  # int64 (B,)
     scales: list[float]  # temperature * scale
     causal: list[int]
     groups: list[int]  # 0 .. G-1
-    gates: list[float | Tensor]  # one per GROUP: float or (B, H, N) view
+    gates: list[float | Tensor]  # one per GROUP: float or aligned (B, H, N)
 
     @property
     def is_core(self) -> bool:
@@ -217,7 +220,7 @@ def normalise_merge(
     lses: Sequence[Tensor],
     gates: Sequence[float | Tensor] | None,
 ) -> list[float | Tensor]:
-    """Check the arguments of ``merge_attention``; returns one gate per part, tensors expanded."""
+    """Check the arguments of ``merge_attention``; returns one gate per part, tensors rank-aligned."""
     for name, value in (("outs", outs), ("lses", lses), ("gates", gates)):
         if not isinstance(value, (list, tuple)) and not (name == "gates" and value is None):
             raise TypeError(f"{name}: expected a list or tuple, got {_checks.describe(value)}")

@@ -1,0 +1,340 @@
+// Registration of the attention ops: the differentiable core (one softmax group) in its four directions, and the fused
+// inference op with groups, gates and blends.
+#include "torch_glue.h"
+#include "transfuse/attention.h"
+
+namespace transfuse {
+namespace {
+
+struct Call {
+  AttentionShape shape;
+  std::vector<SourceView> sources;
+};
+
+Call describe(const Tensor& query, const TensorList& keys, const TensorList& values, const OptionalTensorList& biases,
+              const OptionalTensorList& masks, const OptionalTensorList& indices, const std::vector<double>& scales,
+              const std::vector<int64_t>& causal) {
+  Call call;
+  const size_t n = keys.size();
+  STD_TORCH_CHECK(n > 0, "keys must hold at least one source");
+  STD_TORCH_CHECK(values.size() == n && biases.size() == n && masks.size() == n && indices.size() == n &&
+                      scales.size() == n && causal.size() == n,
+                  "values, biases, masks, indices, scales and causal must have one entry per source");
+  STD_TORCH_CHECK(query.dim() == 4, "query must have shape (batch, head, token, channel)");
+  AttentionShape& s = call.shape;
+  s.batch = query.size(0);
+  s.heads = query.size(1);
+  s.queries = query.size(2);
+  s.key_dim = query.size(3);
+  s.dtype = dtype_of(query, "query");
+  STD_TORCH_CHECK(keys[0].dim() == 4 && values[0].dim() == 4, "keys and values must have 4 axes");
+  s.kv_heads = keys[0].size(1);
+  s.value_dim = values[0].size(3);
+  STD_TORCH_CHECK(s.key_dim >= 1 && s.key_dim <= 256 && s.value_dim >= 1 && s.value_dim <= 256,
+                  "head dims must be in 1..256, got ", s.key_dim, " and ", s.value_dim);
+  STD_TORCH_CHECK(s.heads == 0 || (s.kv_heads > 0 && s.heads % s.kv_heads == 0), "query heads (", s.heads,
+                  ") must be a multiple of key heads (", s.kv_heads, ")");
+  if (s.heads == 0) s.kv_heads = s.kv_heads > 0 ? s.kv_heads : 1;
+  for (size_t i = 0; i < n; ++i) {
+    const std::string at = "[" + std::to_string(i) + "]";
+    SourceView v;
+    STD_TORCH_CHECK(keys[i].dim() == 4, "keys", at, " must have 4 axes");
+    v.batch = keys[i].size(0);
+    v.length = keys[i].size(2);
+    const std::vector<int64_t> full{s.batch, s.heads, s.queries, v.length};
+    check_shape(keys[i], {v.batch, s.kv_heads, v.length, s.key_dim}, "keys" + at);
+    check_shape(values[i], {v.batch, s.kv_heads, v.length, s.value_dim}, "values" + at);
+    STD_TORCH_CHECK(keys[i].scalar_type() == query.scalar_type() && values[i].scalar_type() == query.scalar_type(),
+                    "keys", at, " and values", at, " must have the dtype of query");
+    v.key = view_of(keys[i], "keys");
+    v.value = view_of(values[i], "values");
+    if (indices[i].has_value()) {
+      const Tensor& index = *indices[i];
+      STD_TORCH_CHECK(index.scalar_type() == ScalarType::Long && index.is_contiguous() && index.is_cpu(), "indices", at,
+                      " must be a contiguous int64 CPU tensor");
+      check_shape(index, {s.batch}, "indices" + at);
+      v.index = static_cast<const int64_t*>(index.const_data_ptr());
+      for (int64_t b = 0; b < s.batch; ++b)
+        STD_TORCH_CHECK(v.index[b] >= 0 && v.index[b] < v.batch, "indices", at, " holds ", v.index[b],
+                        ", which is outside 0..", v.batch - 1);
+    } else {
+      STD_TORCH_CHECK(v.batch == 1 || v.batch == s.batch, "keys", at, " must have batch 1 or ", s.batch, ", got ", v.batch);
+    }
+    if (biases[i].has_value()) {
+      v.bias = broadcast_view(*biases[i], full, "biases" + at);
+    }
+    if (masks[i].has_value()) {
+      STD_TORCH_CHECK(masks[i]->scalar_type() == ScalarType::Bool, "masks", at, " must be bool");
+      v.mask = broadcast_view(*masks[i], full, "masks" + at);
+    }
+    STD_TORCH_CHECK(causal[i] >= 0 && causal[i] <= 2, "causal", at, " must be 0, 1 or 2");
+    v.scale = scales[i];
+    v.causal = static_cast<Causal>(causal[i]);
+    call.sources.push_back(v);
+  }
+  return call;
+}
+
+// (batch, head, token, channel), stored token-major when the query is, so that merging the heads costs no copy.
+Tensor new_output(const Tensor& query, int64_t width) {
+  const int64_t b = query.size(0), h = query.size(1), n = query.size(2);
+  if (query.stride(1) < query.stride(2)) {
+    return torch::stable::transpose(new_empty(query, {b, n, h, width}, query.scalar_type()), 1, 2);
+  }
+  return new_empty(query, {b, h, n, width}, query.scalar_type());
+}
+
+std::tuple<Tensor, Tensor> attention_forward(const Tensor& query, const TensorList& keys, const TensorList& values,
+                                             const OptionalTensorList& biases, const OptionalTensorList& masks,
+                                             const OptionalTensorList& indices, const std::vector<double>& scales,
+                                             const std::vector<int64_t>& causal) {
+  const Call call = describe(query, keys, values, biases, masks, indices, scales, causal);
+  const AttentionShape& s = call.shape;
+  Tensor out = new_output(query, s.value_dim);
+  Tensor lse = new_empty(query, {s.batch, s.heads, s.queries}, statistics_type(s.dtype));
+  const Weight gate;
+  AttentionForward args{s, view_of(query, "query"), {}, call.sources.data(), (int)call.sources.size(), 1, &gate,
+                        mutable_view_of(out), lse.mutable_data_ptr()};
+  attention_kernels().forward(args, torch_parallel());
+  return {out, lse};
+}
+
+Weight weight_of(double value, const OptionalTensor& tensor, const std::vector<int64_t>& shape, const std::string& name) {
+  Weight w;
+  w.value = value;
+  if (tensor.has_value()) {
+    w.view = broadcast_view(*tensor, shape, name);
+  }
+  return w;
+}
+
+BlendView blend_of(const OptionalTensor& other, double weight, const OptionalTensor& weights,
+                   const OptionalTensor& index, const std::vector<int64_t>& shape, const std::string& name) {
+  BlendView v;
+  if (!other.has_value()) return v;
+  STD_TORCH_CHECK(other->dim() == 4, name, " must have 4 axes");
+  v.batch = other->size(0);
+  check_shape(*other, {v.batch, shape[1], shape[2], shape[3]}, name);
+  v.other = view_of(*other, "blend");
+  v.weight = weight_of(weight, weights, {shape[0], shape[1], shape[2]}, name + " weight");
+  if (index.has_value()) {
+    STD_TORCH_CHECK(index->scalar_type() == ScalarType::Long && index->is_contiguous() && index->is_cpu(), name,
+                    " index must be a contiguous int64 CPU tensor");
+    check_shape(*index, {shape[0]}, name + " index");
+    v.index = static_cast<const int64_t*>(index->const_data_ptr());
+    for (int64_t b = 0; b < shape[0]; ++b)
+      STD_TORCH_CHECK(v.index[b] >= 0 && v.index[b] < v.batch, name, " index holds ", v.index[b],
+                      ", which is outside 0..", v.batch - 1);
+  } else {
+    STD_TORCH_CHECK(v.batch == 1 || v.batch == shape[0], name, " must have batch 1 or ", shape[0], ", got ", v.batch);
+  }
+  return v;
+}
+
+std::tuple<Tensor, Tensor> attention_fused(
+    const Tensor& query, const OptionalTensor& query_other, double query_weight, const OptionalTensor& query_weights,
+    const OptionalTensor& query_index, const TensorList& keys, const TensorList& values,
+    const OptionalTensorList& key_others, const std::vector<double>& key_weight, const OptionalTensorList& key_weights,
+    const OptionalTensorList& key_indices, const OptionalTensorList& biases, const OptionalTensorList& masks,
+    const OptionalTensorList& indices, const std::vector<double>& scales, const std::vector<int64_t>& causal,
+    const std::vector<int64_t>& groups, const std::vector<double>& gate, const OptionalTensorList& gates) {
+  Call call = describe(query, keys, values, biases, masks, indices, scales, causal);
+  const AttentionShape& s = call.shape;
+  const size_t n = keys.size();
+  STD_TORCH_CHECK(key_others.size() == n && key_weight.size() == n && key_weights.size() == n &&
+                      key_indices.size() == n && groups.size() == n && gate.size() == gates.size() && !gate.empty(),
+                  "key blends and groups must have one entry per source, gates one per group");
+  const int64_t group_count = (int64_t)gate.size();
+  for (size_t i = 0; i < n; ++i) {
+    SourceView& v = call.sources[i];
+    STD_TORCH_CHECK(groups[i] >= 0 && groups[i] < group_count, "groups[", i, "] must be in 0..", group_count - 1);
+    v.group = (int)groups[i];
+    v.key_blend = blend_of(key_others[i], key_weight[i], key_weights[i], key_indices[i],
+                           {v.batch, s.kv_heads, v.length, s.key_dim}, "key_others[" + std::to_string(i) + "]");
+  }
+  std::vector<Weight> weights;
+  for (size_t g = 0; g < gate.size(); ++g)
+    weights.push_back(weight_of(gate[g], gates[g], {s.batch, s.heads, s.queries}, "gates[" + std::to_string(g) + "]"));
+  Tensor out = new_output(query, s.value_dim);
+  const bool single = group_count == 1;
+  Tensor lse = new_empty(query, single ? std::vector<int64_t>{s.batch, s.heads, s.queries} : std::vector<int64_t>{0},
+                         statistics_type(s.dtype));
+  AttentionForward args{s,
+                        view_of(query, "query"),
+                        blend_of(query_other, query_weight, query_weights, query_index,
+                                 {s.batch, s.heads, s.queries, s.key_dim}, "query_other"),
+                        call.sources.data(),
+                        (int)n,
+                        (int)group_count,
+                        weights.data(),
+                        mutable_view_of(out),
+                        single ? lse.mutable_data_ptr() : nullptr};
+  attention_kernels().forward(args, torch_parallel());
+  return {out, lse};
+}
+
+const void* statistics(const Tensor& t, const Call& call, const char* name) {
+  const AttentionShape& s = call.shape;
+  check_shape(t, {s.batch, s.heads, s.queries}, name);
+  STD_TORCH_CHECK(t.scalar_type() == statistics_type(s.dtype) && t.is_contiguous() && t.is_cpu(), name,
+                  " must be a contiguous CPU tensor of the statistics dtype");
+  return t.const_data_ptr();
+}
+
+View output_like(const Tensor& t, const Call& call, int64_t width, const char* name) {
+  check_shape(t, {call.shape.batch, call.shape.heads, call.shape.queries, width}, name);
+  return view_of(t, name);
+}
+
+std::vector<SourceTangent> tangents_of(const Call& call, const TensorList& keys, const TensorList& values,
+                                       const OptionalTensorList& biases) {
+  const AttentionShape& s = call.shape;
+  const size_t n = call.sources.size();
+  STD_TORCH_CHECK(keys.size() == n && values.size() == n && biases.size() == n,
+                  "keys_t, values_t and biases_t must have one entry per source");
+  std::vector<SourceTangent> tangents(n);
+  for (size_t i = 0; i < n; ++i) {
+    const SourceView& v = call.sources[i];
+    check_shape(keys[i], {v.batch, s.kv_heads, v.length, s.key_dim}, "keys_t");
+    check_shape(values[i], {v.batch, s.kv_heads, v.length, s.value_dim}, "values_t");
+    tangents[i].key = view_of(keys[i], "keys_t");
+    tangents[i].value = view_of(values[i], "values_t");
+    if (biases[i].has_value()) {
+      tangents[i].bias = broadcast_view(*biases[i], {s.batch, s.heads, s.queries, v.length}, "biases_t");
+    }
+  }
+  return tangents;
+}
+
+using Gradients = std::tuple<Tensor, TensorList, TensorList, TensorList>;
+
+// Runs the backward kernel. Keys and values get their gradients in their own dtype; the query's and the biases' are
+// summed over key blocks and batches, so they are returned in the statistics dtype for one rounding at the end.
+Gradients run_backward(const Call& call, AttentionBackward args, const Tensor& query, const TensorList& keys,
+                       const TensorList& values, const OptionalTensorList& biases, const std::vector<bool>& bias_grads) {
+  const AttentionShape& s = call.shape;
+  const size_t n = keys.size();
+  STD_TORCH_CHECK(bias_grads.size() == n, "bias_grads must have one entry per source");
+  const ScalarType wide = statistics_type(s.dtype);
+  Tensor grad_query = new_zeros(query, {s.batch, s.heads, s.queries, s.key_dim}, wide);
+  TensorList grad_keys, grad_values, grad_biases;
+  std::vector<SourceGradient> gradients(n);
+  for (size_t i = 0; i < n; ++i) {
+    const SourceView& v = call.sources[i];
+    grad_keys.push_back(new_empty(query, {v.batch, s.kv_heads, v.length, s.key_dim}, keys[i].scalar_type()));
+    grad_values.push_back(new_empty(query, {v.batch, s.kv_heads, v.length, s.value_dim}, values[i].scalar_type()));
+    gradients[i].key = mutable_view_of(grad_keys[i]);
+    gradients[i].value = mutable_view_of(grad_values[i]);
+    if (!bias_grads[i]) continue;
+    STD_TORCH_CHECK(biases[i].has_value(), "bias_grads[", i, "] is set but biases[", i, "] is absent");
+    std::vector<int64_t> shape;
+    for (int64_t d = 0; d < 4; ++d) shape.push_back(biases[i]->size(d));
+    grad_biases.push_back(new_zeros(query, shape, wide));
+    gradients[i].bias = mutable_view_of(grad_biases.back());
+    for (int64_t d = 0; d < 4; ++d)
+      if (shape[(size_t)d] == 1) gradients[i].bias.stride[d] = 0;
+  }
+  args.grad_query = mutable_view_of(grad_query);
+  args.gradients = gradients.data();
+  attention_kernels().backward(args, torch_parallel());
+  return {grad_query, grad_keys, grad_values, grad_biases};
+}
+
+Gradients attention_backward(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query,
+                             const TensorList& keys, const TensorList& values, const OptionalTensorList& biases,
+                             const OptionalTensorList& masks, const OptionalTensorList& indices,
+                             const std::vector<double>& scales, const std::vector<int64_t>& causal, const Tensor& out,
+                             const Tensor& lse, const std::vector<bool>& bias_grads) {
+  const Call call = describe(query, keys, values, biases, masks, indices, scales, causal);
+  AttentionBackward args{};
+  args.shape = call.shape;
+  args.query = view_of(query, "query");
+  args.sources = call.sources.data();
+  args.source_count = (int)call.sources.size();
+  args.out = output_like(out, call, call.shape.value_dim, "out");
+  args.grad_out = output_like(grad_out, call, call.shape.value_dim, "grad_out");
+  args.lse = statistics(lse, call, "lse");
+  args.grad_lse = grad_lse.has_value() ? statistics(*grad_lse, call, "grad_lse") : nullptr;
+  return run_backward(call, args, query, keys, values, biases, bias_grads);
+}
+
+std::tuple<Tensor, Tensor> attention_jvp(const Tensor& query, const TensorList& keys, const TensorList& values,
+                                         const OptionalTensorList& biases, const OptionalTensorList& masks,
+                                         const OptionalTensorList& indices, const std::vector<double>& scales,
+                                         const std::vector<int64_t>& causal, const Tensor& out, const Tensor& lse,
+                                         const Tensor& query_t, const TensorList& keys_t, const TensorList& values_t,
+                                         const OptionalTensorList& biases_t) {
+  const Call call = describe(query, keys, values, biases, masks, indices, scales, causal);
+  const AttentionShape& s = call.shape;
+  const std::vector<SourceTangent> tangents = tangents_of(call, keys_t, values_t, biases_t);
+  Tensor out_t = new_output(query, s.value_dim);
+  Tensor lse_t = new_empty(query, {s.batch, s.heads, s.queries}, statistics_type(s.dtype));
+  AttentionTangent args{s,
+                        view_of(query, "query"),
+                        output_like(query_t, call, s.key_dim, "query_t"),
+                        call.sources.data(),
+                        tangents.data(),
+                        (int)call.sources.size(),
+                        output_like(out, call, s.value_dim, "out"),
+                        statistics(lse, call, "lse"),
+                        mutable_view_of(out_t),
+                        lse_t.mutable_data_ptr()};
+  attention_kernels().tangent(args, torch_parallel());
+  return {out_t, lse_t};
+}
+
+Gradients attention_jvp_backward(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query,
+                                 const TensorList& keys, const TensorList& values, const OptionalTensorList& biases,
+                                 const OptionalTensorList& masks, const OptionalTensorList& indices,
+                                 const std::vector<double>& scales, const std::vector<int64_t>& causal,
+                                 const Tensor& out, const Tensor& lse, const Tensor& query_t, const TensorList& keys_t,
+                                 const TensorList& values_t, const OptionalTensorList& biases_t, const Tensor& out_t,
+                                 const Tensor& lse_t, const std::vector<bool>& bias_grads) {
+  const Call call = describe(query, keys, values, biases, masks, indices, scales, causal);
+  const std::vector<SourceTangent> tangents = tangents_of(call, keys_t, values_t, biases_t);
+  AttentionBackward args{};
+  args.shape = call.shape;
+  args.query = view_of(query, "query");
+  args.sources = call.sources.data();
+  args.source_count = (int)call.sources.size();
+  args.out = output_like(out, call, call.shape.value_dim, "out");
+  args.grad_out = output_like(grad_out, call, call.shape.value_dim, "grad_out");
+  args.lse = statistics(lse, call, "lse");
+  args.grad_lse = grad_lse.has_value() ? statistics(*grad_lse, call, "grad_lse") : nullptr;
+  args.query_tangent = output_like(query_t, call, call.shape.key_dim, "query_t");
+  args.tangents = tangents.data();
+  args.out_tangent = output_like(out_t, call, call.shape.value_dim, "out_t");
+  args.lse_tangent = statistics(lse_t, call, "lse_t");
+  return run_backward(call, args, query, keys, values, biases, bias_grads);
+}
+
+}  // namespace
+}  // namespace transfuse
+
+#define TRANSFUSE_CORE_ARGS                                                                                          \
+  "Tensor query, Tensor[] keys, Tensor[] values, Tensor?[] biases, Tensor?[] masks, Tensor?[] indices, float[] "     \
+  "scales, int[] causal"
+#define TRANSFUSE_TANGENT_ARGS "Tensor query_t, Tensor[] keys_t, Tensor[] values_t, Tensor?[] biases_t"
+
+STABLE_TORCH_LIBRARY_FRAGMENT(transfuse, m) {
+  m.def("attention_forward(" TRANSFUSE_CORE_ARGS ") -> (Tensor, Tensor)");
+  m.def("attention_backward(Tensor grad_out, Tensor? grad_lse, " TRANSFUSE_CORE_ARGS
+        ", Tensor out, Tensor lse, bool[] bias_grads) -> (Tensor, Tensor[], Tensor[], Tensor[])");
+  m.def("attention_jvp(" TRANSFUSE_CORE_ARGS ", Tensor out, Tensor lse, " TRANSFUSE_TANGENT_ARGS ") -> (Tensor, Tensor)");
+  m.def("attention_jvp_backward(Tensor grad_out, Tensor? grad_lse, " TRANSFUSE_CORE_ARGS
+        ", Tensor out, Tensor lse, " TRANSFUSE_TANGENT_ARGS
+        ", Tensor out_t, Tensor lse_t, bool[] bias_grads) -> (Tensor, Tensor[], Tensor[], Tensor[])");
+  m.def(
+      "attention_fused(Tensor query, Tensor? query_other, float query_weight, Tensor? query_weights, Tensor? "
+      "query_index, Tensor[] keys, Tensor[] values, Tensor?[] key_others, float[] key_weight, Tensor?[] key_weights, "
+      "Tensor?[] key_indices, Tensor?[] biases, Tensor?[] masks, Tensor?[] indices, float[] scales, int[] causal, "
+      "int[] groups, float[] gate, Tensor?[] gates) -> (Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(transfuse, CPU, m) {
+  m.impl("attention_forward", TORCH_BOX(&transfuse::attention_forward));
+  m.impl("attention_backward", TORCH_BOX(&transfuse::attention_backward));
+  m.impl("attention_jvp", TORCH_BOX(&transfuse::attention_jvp));
+  m.impl("attention_jvp_backward", TORCH_BOX(&transfuse::attention_jvp_backward));
+  m.impl("attention_fused", TORCH_BOX(&transfuse::attention_fused));
+}

@@ -1,0 +1,60 @@
+"""Loading of the compiled libraries: once, at first use, with one clear message when that fails."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+REBUILD = (
+    "Rebuild it with `pip install --no-build-isolation --force-reinstall --no-deps .` in a checkout "
+    "of transfuse (or reinstall the wheel)."
+)
+
+
+class NativeStatus(NamedTuple):
+    """Whether the compiled CPU library is in use, and if not, why."""
+
+    loaded: bool
+    reason: str | None
+    path: str | None
+
+
+class NativeUnavailableError(RuntimeError):
+    """The compiled library was asked for and cannot be used."""
+
+
+@functools.lru_cache(maxsize=1)
+def status() -> NativeStatus:
+    """Load ``transfuse._C`` and the op library; never raises."""
+    try:
+        module = importlib.import_module("transfuse._C")
+    except ModuleNotFoundError:
+        return NativeStatus(False, f"the compiled library is not installed. {REBUILD}", None)
+    except ImportError as error:
+        return NativeStatus(False, f"transfuse._C cannot be loaded ({error}). {REBUILD}", None)
+    from transfuse import __version__
+
+    built = module.build_info()["version"]
+    path = Path(module.__file__).with_name("_ops.so")
+    if built != __version__:
+        reason = f"the compiled library is version {built}, the Python package {__version__}. {REBUILD}"
+        return NativeStatus(False, reason, str(path))
+    try:
+        # Also resolves TRANSFUSE_CPU_ISA, so that a level that cannot run is reported here.
+        module.isa_in_use()
+        torch.ops.load_library(str(path))
+    except (OSError, RuntimeError) as error:
+        reason = f"{path.name} does not fit torch {torch.__version__} or this machine ({error}). {REBUILD}"
+        return NativeStatus(False, reason, str(path))
+    return NativeStatus(True, None, str(path))
+
+
+def require() -> None:
+    """Raise the one error that names the reason and the rebuild command."""
+    state = status()
+    if not state.loaded:
+        raise NativeUnavailableError(f"transfuse's CPU kernels are unavailable: {state.reason}")

@@ -1,0 +1,12 @@
+"""The ops: fused kernels behind thin wrappers. Every public name is listed here."""
+
+from transfuse.ops.attention import (
+    KV,
+    AttendResult,
+    Blend,
+    attend,
+    attend_with_lse,
+    merge_attention,
+)
+
+__all__ = ["KV", "AttendResult", "Blend", "attend", "attend_with_lse", "merge_attention"]
