@@ -2,7 +2,8 @@
 
 A method module registers its main class or function once::
 
-    @register(title=..., authors=..., year=..., venue=..., arxiv=..., repository=..., kind=..., ops=...)
+    @register(title=..., authors=..., year=..., venue=..., arxiv=..., repository=..., kind=...,
+              ops=...)
 
 The slug and the domain are the names of the module and of the package that holds it, so they
 cannot disagree with the file's place. Nothing here imports a method module.

@@ -52,8 +52,8 @@ def _require_diffusers():
 class AttendProcessor:
     """Drop-in attention processor: the layer as it was, its core by ``transfuse.ops.attend``.
 
-    Self- and cross-attention; the attention mask is honoured. Use it with
-    ``unet.set_attn_processor(AttendProcessor())``, or through :func:`patch` to be able to remove it.
+    Self- and cross-attention; the attention mask is honoured. Set it with
+    ``unet.set_attn_processor(AttendProcessor())``, or with :func:`patch` to be able to remove it.
 
     Args:
         backend: Backend of ``attend``; None chooses.

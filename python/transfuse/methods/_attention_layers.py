@@ -1,9 +1,9 @@
 """Find the attention layers of a model, run one with another core, and put replacements in place.
 
 A layer is any module that exposes ``to_q``, ``to_k``, ``to_v``, ``to_out`` and a head count
-(``heads``, ``num_heads`` or ``n_heads``): diffusers' ``Attention``, the ``CrossAttention`` of latent
-diffusion code, and most hand-written ones. No model library is imported; optional parts (norms,
-residual, rescaling, mask preparation) are used where the layer has them.
+(``heads``, ``num_heads`` or ``n_heads``): diffusers' ``Attention``, the ``CrossAttention`` of
+latent diffusion code, and most hand-written ones. No model library is imported; optional parts
+(norms, residual, rescaling, mask preparation) are used where the layer has them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import inspect
 import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol, Self
+from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -381,7 +381,7 @@ class PatchHandle:
                 stacklevel=2,
             )
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> PatchHandle:
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -36,7 +36,6 @@ import inspect
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -513,9 +512,10 @@ class StyleInjector:
             if part is None and (labels[role] or not any(labels.values()))
         ]
         if absent:
+            roles = " or ".join(absent)
             raise ValueError(
-                f"layer {name!r} (query {tuple(query.shape)}): no {' or '.join(absent)} features at "
-                f"time label {label}; captured labels: content {list(labels['content'])}, style "
+                f"layer {name!r} (query {tuple(query.shape)}): no {roles} features at time label "
+                f"{label}; captured labels: content {list(labels['content'])}, style "
                 f"{list(labels['style'])}. Capture with the same labels and layers, name the "
                 "labels to inject (inject(steps=...)), or choose missing='plain'"
             )
@@ -530,7 +530,7 @@ class StyleInjector:
         self._hook.remove()
         self._handle.remove()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> StyleInjector:
         return self
 
     def __exit__(self, *exception: object) -> None:
