@@ -164,8 +164,10 @@ def _selection(options: argparse.Namespace) -> list[tuple[str, Case, Target]]:
             # A case asked for by name runs whole; --quick then only shortens its timing.
             quick=options.quick and not options.case,
         )
-        if not options.quick or options.case or any(t.quick for t in case.targets)
+        if not options.quick or options.case or any(t.quick > 0 for t in case.targets)
     ]
+    if options.quick:
+        chosen.sort(key=lambda item: item[2].quick)
     if not chosen:
         raise records.RecordError("nothing to run: no case has this dtype and mode, see --list")
     return chosen

@@ -39,7 +39,8 @@ class Target:
     """One (dtype, mode) of a case, with the figures it must reach.
 
     ``bar`` is best peer time / transfuse time, ``memory_bar`` smallest peer peak / transfuse peak.
-    ``bars`` holds further time bars against single peers, by peer name.
+    ``bars`` holds further time bars against single peers, by peer name. ``quick`` is its place in
+    the order of --quick, 0 to be left out of it.
     """
 
     dtype: str
@@ -47,7 +48,7 @@ class Target:
     bar: float | None = None
     memory_bar: float | None = None
     bars: dict[str, float] = field(default_factory=dict)
-    quick: bool = False
+    quick: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +129,7 @@ def select_targets(
     every asked combination the case can run; one without a bar of its own is run without a bar.
     """
     if not dtypes and mode is None:
-        return tuple(target for target in case.targets if target.quick or not quick)
+        return tuple(target for target in case.targets if target.quick > 0 or not quick)
     if mode is not None and mode not in case.modes:
         return ()
     own = {(target.dtype, target.mode): target for target in case.targets}

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .cases import Case
-from .peers import Peer
+from .cases import Case, Unavailable
+from .peers import Peer, require
 from .records import Change, label
 
 # Left edge of the plot, as a multiple of transfuse's time; a floor below it is not worth the room.
@@ -162,6 +162,16 @@ def _footnote(record: Mapping[str, object]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _presence(peer: Peer) -> str:
+    if peer.package is None:
+        return "yes"
+    try:
+        require(peer.package)
+    except Unavailable as error:
+        return str(error)
+    return "yes"
+
+
 def _bar(bar: float | None, bars: Mapping[str, float], memory_bar: float | None) -> str:
     parts = [] if bar is None else [f"{bar:g} x"]
     if bars:
@@ -211,7 +221,7 @@ def list_table(cases: Mapping[str, Sequence[Case]], peers: Mapping[str, Peer]) -
             target.dtype,
             target.mode,
             _bar(target.bar, target.bars, target.memory_bar),
-            "yes" if target.quick else "",
+            str(target.quick) if target.quick > 0 else "",
             case.title + (" (only when named)" if case.hidden else ""),
         ]
         for op, members in cases.items()
@@ -221,10 +231,10 @@ def list_table(cases: Mapping[str, Sequence[Case]], peers: Mapping[str, Peer]) -
     columns = ("case", "dtype", "mode", "bar", "quick", "what")
     listing = table("cases", columns, rows)
     peer_rows = [
-        [peer.name, "torch" if peer.package is None else peer.package, peer.title]
+        [peer.name, "torch" if peer.package is None else peer.package, _presence(peer), peer.title]
         for peer in peers.values()
     ]
-    return listing + "\n" + table("peers", ("peer", "package", "what"), peer_rows)
+    return listing + "\n" + table("peers", ("peer", "package", "here", "what"), peer_rows)
 
 
 def save_plot(record: Mapping[str, object], path: Path) -> str:

@@ -19,7 +19,7 @@ class Budget:
     """How long one case may be timed. Seconds.
 
     A candidate whose single call takes longer than ``call_limit`` is timed once; one that is
-    ``slow_factor`` times slower than the fastest is timed ``min_repeats`` times, so that it cannot
+    ``slow_factor`` times slower than the fastest is timed ``slow_repeats`` times, so that it cannot
     eat the time of the candidates that decide the ratio.
     """
 
@@ -29,9 +29,12 @@ class Budget:
     warmups: int = 2
     call_limit: float = 30.0
     slow_factor: float = 10.0
+    slow_repeats: int = 3
 
 
-QUICK = Budget(seconds=1.0, min_repeats=3, max_repeats=200, warmups=1, call_limit=1.5)
+QUICK = Budget(
+    seconds=1.0, min_repeats=3, max_repeats=200, warmups=1, call_limit=1.5, slow_repeats=1
+)
 
 
 @dataclass(frozen=True)
@@ -115,10 +118,11 @@ def interleave(
     """Time all calls in turns, so that a change of the machine's state hits every candidate alike.
 
     Args:
-        calls: candidates by name. All have already passed the correctness gate. budget: time and
-        repeat limits; ``budget.seconds`` is for the whole case. clock: measures one call, seconds.
-        now: the clock that the limits are kept by. stop_at: reading of ``now`` after which no
-        further round starts (each call is timed once at least).
+        calls: candidates by name. All have already passed the correctness gate.
+        budget: time and repeat limits; ``budget.seconds`` is for the whole case.
+        clock: measures one call, seconds.
+        now: the clock that the limits are kept by.
+        stop_at: reading of ``now`` after which no further round starts. The first always does.
 
     Returns:
         Samples by name, and by name why a candidate was timed less often than the others or failed.
@@ -158,9 +162,9 @@ def interleave(
             rounds += 1
             if stop_at is not None and now() >= stop_at:
                 break
-            if rounds >= budget.min_repeats:
-                if now() - started >= budget.seconds:
-                    break
+            if rounds >= budget.min_repeats and now() - started >= budget.seconds:
+                break
+            if rounds >= budget.slow_repeats:
                 active, slow = _split_slow(active, times, budget.slow_factor)
                 for name in slow:
                     times_slower = f"{budget.slow_factor:g} x slower than the fastest"

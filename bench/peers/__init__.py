@@ -6,6 +6,7 @@ package) and whether it can run here at all. One that cannot is a row with its r
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -44,13 +45,13 @@ class Peer:
 
 def require(package: str) -> None:
     """Raise ``Unavailable`` unless ``package`` imports here."""
-    import importlib
-
     try:
         importlib.import_module(package)
     except ModuleNotFoundError as error:
-        missing = package if error.name in (None, package) else f"{package} (it needs {error.name})"
-        raise Unavailable(f"not installed: {missing}") from None
+        top = package.partition(".")[0]
+        if error.name in (None, top):
+            raise Unavailable(f"not installed: {top}") from None
+        raise Unavailable(f"{top} is installed but needs {error.name}, which is not") from None
     except Exception as error:
         raise Unavailable(f"{package} does not import: {type(error).__name__}: {error}") from None
 

@@ -17,6 +17,12 @@ def compiled(expression: Expression, device: torch.device, mode: str) -> Express
     """Run the expression under torch.compile, specialised to its shapes."""
     # Graphs of earlier cases would count against the recompile limit of this one.
     torch._dynamo.reset()
+    # Timing the backward alone runs one graph's backward many times; torch frees its buffers after
+    # the first unless told not to.
+    torch._functorch.config.donated_buffer = mode != "backward"
+    # Second derivatives are taken inside the expression; tracing them is off by default.
+    if hasattr(torch._dynamo.config, "trace_autograd_ops"):
+        torch._dynamo.config.trace_autograd_ops = mode == "hvp"
     return torch.compile(expression, fullgraph=True, dynamic=False)
 
 
@@ -25,6 +31,12 @@ def compiled_flex(expression: Expression, device: torch.device, mode: str) -> Ex
     if device.type == "cpu" and mode != "forward":
         raise Unavailable("compiled FlexAttention has no backward on the CPU")
     return compiled(expression, device, mode)
+
+
+def compiled_parts(expression: Expression, device: torch.device, mode: str) -> Expression:
+    """An eager expression that holds compiled FlexAttention calls; the same limits apply."""
+    compiled_flex(expression, device, mode)
+    return expression
 
 
 PEERS = (
@@ -45,6 +57,8 @@ PEERS = (
     Peer(name="flex", kind="flex", title="FlexAttention, eager", prepare=as_written),
     Peer(name="flex-compile", kind="flex", title="FlexAttention under torch.compile",
          prepare=compiled_flex, compiles=True),
+    Peer(name="flex-parts", kind="flex-parts", prepare=compiled_parts, compiles=True,
+         title="FlexAttention compiled by itself, eager code around it"),
     Peer(name="eager", kind="eager", title="eager torch", prepare=as_written),
     Peer(name="separate", kind="separate", title="eager torch, as published code writes it",
          prepare=as_written),
