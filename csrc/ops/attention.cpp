@@ -11,15 +11,16 @@ struct Call {
   std::vector<SourceView> sources;
 };
 
-Call describe(const Tensor& query, const TensorList& keys, const TensorList& values, const OptionalTensorList& biases,
-              const OptionalTensorList& masks, const OptionalTensorList& indices, const std::vector<double>& scales,
+// The bias of source i is biases[bias_at[i]]; -1 means none. (Autograd of raw ops follows Tensor[] but not Tensor?[].)
+Call describe(const Tensor& query, const TensorList& keys, const TensorList& values, const TensorList& biases,
+              const std::vector<int64_t>& bias_at, const OptionalTensorList& masks, const OptionalTensorList& indices, const std::vector<double>& scales,
               const std::vector<int64_t>& causal) {
   Call call;
   const size_t n = keys.size();
   STD_TORCH_CHECK(n > 0, "keys must hold at least one source");
-  STD_TORCH_CHECK(values.size() == n && biases.size() == n && masks.size() == n && indices.size() == n &&
+  STD_TORCH_CHECK(values.size() == n && bias_at.size() == n && masks.size() == n && indices.size() == n &&
                       scales.size() == n && causal.size() == n,
-                  "values, biases, masks, indices, scales and causal must have one entry per source");
+                  "values, bias_at, masks, indices, scales and causal must have one entry per source");
   STD_TORCH_CHECK(query.dim() == 4, "query must have shape (batch, head, token, channel)");
   AttentionShape& s = call.shape;
   s.batch = query.size(0);
@@ -60,8 +61,9 @@ Call describe(const Tensor& query, const TensorList& keys, const TensorList& val
     } else {
       STD_TORCH_CHECK(v.batch == 1 || v.batch == s.batch, "keys", at, " must have batch 1 or ", s.batch, ", got ", v.batch);
     }
-    if (biases[i].has_value()) {
-      v.bias = broadcast_view(*biases[i], full, "biases" + at);
+    if (bias_at[i] >= 0) {
+      STD_TORCH_CHECK(bias_at[i] < (int64_t)biases.size(), "bias_at", at, " must be below ", biases.size());
+      v.bias = broadcast_view(biases[(size_t)bias_at[i]], full, "biases" + at);
     }
     if (masks[i].has_value()) {
       STD_TORCH_CHECK(masks[i]->scalar_type() == ScalarType::Bool, "masks", at, " must be bool");
@@ -85,10 +87,10 @@ Tensor new_output(const Tensor& query, int64_t width) {
 }
 
 std::tuple<Tensor, Tensor> attention_forward(const Tensor& query, const TensorList& keys, const TensorList& values,
-                                             const OptionalTensorList& biases, const OptionalTensorList& masks,
+                                             const TensorList& biases, const std::vector<int64_t>& bias_at, const OptionalTensorList& masks,
                                              const OptionalTensorList& indices, const std::vector<double>& scales,
                                              const std::vector<int64_t>& causal) {
-  const Call call = describe(query, keys, values, biases, masks, indices, scales, causal);
+  const Call call = describe(query, keys, values, biases, bias_at, masks, indices, scales, causal);
   const AttentionShape& s = call.shape;
   Tensor out = new_output(query, s.value_dim);
   Tensor lse = new_empty(query, {s.batch, s.heads, s.queries}, statistics_type(s.dtype));
@@ -135,10 +137,10 @@ std::tuple<Tensor, Tensor> attention_fused(
     const Tensor& query, const OptionalTensor& query_other, double query_weight, const OptionalTensor& query_weights,
     const OptionalTensor& query_index, const TensorList& keys, const TensorList& values,
     const OptionalTensorList& key_others, const std::vector<double>& key_weight, const OptionalTensorList& key_weights,
-    const OptionalTensorList& key_indices, const OptionalTensorList& biases, const OptionalTensorList& masks,
+    const OptionalTensorList& key_indices, const TensorList& biases, const std::vector<int64_t>& bias_at, const OptionalTensorList& masks,
     const OptionalTensorList& indices, const std::vector<double>& scales, const std::vector<int64_t>& causal,
     const std::vector<int64_t>& groups, const std::vector<double>& gate, const OptionalTensorList& gates) {
-  Call call = describe(query, keys, values, biases, masks, indices, scales, causal);
+  Call call = describe(query, keys, values, biases, bias_at, masks, indices, scales, causal);
   const AttentionShape& s = call.shape;
   const size_t n = keys.size();
   STD_TORCH_CHECK(key_others.size() == n && key_weight.size() == n && key_weights.size() == n &&
@@ -211,7 +213,8 @@ using Gradients = std::tuple<Tensor, TensorList, TensorList, TensorList>;
 // Runs the backward kernel. Keys and values get their gradients in their own dtype; the query's and the biases' are
 // summed over key blocks and batches, so they are returned in the statistics dtype for one rounding at the end.
 Gradients run_backward(const Call& call, AttentionBackward args, const Tensor& query, const TensorList& keys,
-                       const TensorList& values, const OptionalTensorList& biases, const std::vector<bool>& bias_grads) {
+                       const TensorList& values, const TensorList& biases, const std::vector<int64_t>& bias_at,
+                       const std::vector<bool>& bias_grads) {
   const AttentionShape& s = call.shape;
   const size_t n = keys.size();
   STD_TORCH_CHECK(bias_grads.size() == n, "bias_grads must have one entry per source");
@@ -226,9 +229,9 @@ Gradients run_backward(const Call& call, AttentionBackward args, const Tensor& q
     gradients[i].key = mutable_view_of(grad_keys[i]);
     gradients[i].value = mutable_view_of(grad_values[i]);
     if (!bias_grads[i]) continue;
-    STD_TORCH_CHECK(biases[i].has_value(), "bias_grads[", i, "] is set but biases[", i, "] is absent");
+    STD_TORCH_CHECK(bias_at[i] >= 0, "bias_grads[", i, "] is set but source ", i, " has no bias");
     std::vector<int64_t> shape;
-    for (int64_t d = 0; d < 4; ++d) shape.push_back(biases[i]->size(d));
+    for (int64_t d = 0; d < 4; ++d) shape.push_back(biases[(size_t)bias_at[i]].size(d));
     grad_biases.push_back(new_zeros(query, shape, wide));
     gradients[i].bias = mutable_view_of(grad_biases.back());
     for (int64_t d = 0; d < 4; ++d)
@@ -241,11 +244,11 @@ Gradients run_backward(const Call& call, AttentionBackward args, const Tensor& q
 }
 
 Gradients attention_backward(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query,
-                             const TensorList& keys, const TensorList& values, const OptionalTensorList& biases,
+                             const TensorList& keys, const TensorList& values, const TensorList& biases, const std::vector<int64_t>& bias_at,
                              const OptionalTensorList& masks, const OptionalTensorList& indices,
                              const std::vector<double>& scales, const std::vector<int64_t>& causal, const Tensor& out,
                              const Tensor& lse, const std::vector<bool>& bias_grads) {
-  const Call call = describe(query, keys, values, biases, masks, indices, scales, causal);
+  const Call call = describe(query, keys, values, biases, bias_at, masks, indices, scales, causal);
   AttentionBackward args{};
   args.shape = call.shape;
   args.query = view_of(query, "query");
@@ -255,16 +258,16 @@ Gradients attention_backward(const Tensor& grad_out, const OptionalTensor& grad_
   args.grad_out = output_like(grad_out, call, call.shape.value_dim, "grad_out");
   args.lse = statistics(lse, call, "lse");
   args.grad_lse = grad_lse.has_value() ? statistics(*grad_lse, call, "grad_lse") : nullptr;
-  return run_backward(call, args, query, keys, values, biases, bias_grads);
+  return run_backward(call, args, query, keys, values, biases, bias_at, bias_grads);
 }
 
 std::tuple<Tensor, Tensor> attention_jvp(const Tensor& query, const TensorList& keys, const TensorList& values,
-                                         const OptionalTensorList& biases, const OptionalTensorList& masks,
+                                         const TensorList& biases, const std::vector<int64_t>& bias_at, const OptionalTensorList& masks,
                                          const OptionalTensorList& indices, const std::vector<double>& scales,
                                          const std::vector<int64_t>& causal, const Tensor& out, const Tensor& lse,
                                          const Tensor& query_t, const TensorList& keys_t, const TensorList& values_t,
                                          const OptionalTensorList& biases_t) {
-  const Call call = describe(query, keys, values, biases, masks, indices, scales, causal);
+  const Call call = describe(query, keys, values, biases, bias_at, masks, indices, scales, causal);
   const AttentionShape& s = call.shape;
   const std::vector<SourceTangent> tangents = tangents_of(call, keys_t, values_t, biases_t);
   Tensor out_t = new_output(query, s.value_dim);
@@ -284,13 +287,13 @@ std::tuple<Tensor, Tensor> attention_jvp(const Tensor& query, const TensorList& 
 }
 
 Gradients attention_jvp_backward(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query,
-                                 const TensorList& keys, const TensorList& values, const OptionalTensorList& biases,
+                                 const TensorList& keys, const TensorList& values, const TensorList& biases, const std::vector<int64_t>& bias_at,
                                  const OptionalTensorList& masks, const OptionalTensorList& indices,
                                  const std::vector<double>& scales, const std::vector<int64_t>& causal,
                                  const Tensor& out, const Tensor& lse, const Tensor& query_t, const TensorList& keys_t,
                                  const TensorList& values_t, const OptionalTensorList& biases_t, const Tensor& out_t,
                                  const Tensor& lse_t, const std::vector<bool>& bias_grads) {
-  const Call call = describe(query, keys, values, biases, masks, indices, scales, causal);
+  const Call call = describe(query, keys, values, biases, bias_at, masks, indices, scales, causal);
   const std::vector<SourceTangent> tangents = tangents_of(call, keys_t, values_t, biases_t);
   AttentionBackward args{};
   args.shape = call.shape;
@@ -305,15 +308,15 @@ Gradients attention_jvp_backward(const Tensor& grad_out, const OptionalTensor& g
   args.tangents = tangents.data();
   args.out_tangent = output_like(out_t, call, call.shape.value_dim, "out_t");
   args.lse_tangent = statistics(lse_t, call, "lse_t");
-  return run_backward(call, args, query, keys, values, biases, bias_grads);
+  return run_backward(call, args, query, keys, values, biases, bias_at, bias_grads);
 }
 
 }  // namespace
 }  // namespace transfuse
 
 #define TRANSFUSE_CORE_ARGS                                                                                          \
-  "Tensor query, Tensor[] keys, Tensor[] values, Tensor?[] biases, Tensor?[] masks, Tensor?[] indices, float[] "     \
-  "scales, int[] causal"
+  "Tensor query, Tensor[] keys, Tensor[] values, Tensor[] biases, int[] bias_at, Tensor?[] masks, Tensor?[] "        \
+  "indices, float[] scales, int[] causal"
 #define TRANSFUSE_TANGENT_ARGS "Tensor query_t, Tensor[] keys_t, Tensor[] values_t, Tensor?[] biases_t"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(transfuse, m) {
@@ -327,7 +330,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transfuse, m) {
   m.def(
       "attention_fused(Tensor query, Tensor? query_other, float query_weight, Tensor? query_weights, Tensor? "
       "query_index, Tensor[] keys, Tensor[] values, Tensor?[] key_others, float[] key_weight, Tensor?[] key_weights, "
-      "Tensor?[] key_indices, Tensor?[] biases, Tensor?[] masks, Tensor?[] indices, float[] scales, int[] causal, "
+      "Tensor?[] key_indices, Tensor[] biases, int[] bias_at, Tensor?[] masks, Tensor?[] indices, float[] scales, int[] causal, "
       "int[] groups, float[] gate, Tensor?[] gates) -> (Tensor, Tensor)");
 }
 

@@ -1,8 +1,10 @@
-"""Loading of the compiled libraries: once, at first use, with one clear message when that fails."""
+"""Loading of the compiled libraries: once, with one clear message when that fails.
+
+``transfuse.ops`` triggers it on import, so that ``torch.compile`` finds a finished answer.
+"""
 
 from __future__ import annotations
 
-import functools
 import importlib
 from pathlib import Path
 from typing import NamedTuple
@@ -27,9 +29,18 @@ class NativeUnavailableError(RuntimeError):
     """The compiled library was asked for and cannot be used."""
 
 
-@functools.lru_cache(maxsize=1)
+_status: NativeStatus | None = None
+
+
 def status() -> NativeStatus:
-    """Load ``transfuse._C`` and the op library; never raises."""
+    """Load ``transfuse._C`` and the op library once; never raises."""
+    global _status
+    if _status is None:
+        _status = _load()
+    return _status
+
+
+def _load() -> NativeStatus:
     try:
         module = importlib.import_module("transfuse._C")
     except ModuleNotFoundError:

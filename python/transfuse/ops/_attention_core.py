@@ -69,13 +69,26 @@ class Raw:
     jvp_backward: Callable
 
 
+def compact(biases: list[Tensor | None]) -> tuple[list[Tensor], list[int]]:
+    """Biases that exist, and for each source the position of its own or -1: a raw op's list."""
+    present = [b for b in biases if b is not None]
+    positions = iter(range(len(present)))
+    return present, [-1 if b is None else next(positions) for b in biases]
+
+
 def _cpp() -> Raw:
     ops = torch.ops.transfuse
+
+    def compacting(op: Callable, position: int) -> Callable:
+        return lambda *args: op(
+            *args[:position], *compact(args[position]), *args[position + 1 :]
+        )
+
     return Raw(
-        ops.attention_forward,
-        ops.attention_backward,
-        ops.attention_jvp,
-        ops.attention_jvp_backward,
+        compacting(ops.attention_forward, 3),
+        compacting(ops.attention_backward, 5),
+        compacting(ops.attention_jvp, 3),
+        compacting(ops.attention_jvp_backward, 5),
     )
 
 

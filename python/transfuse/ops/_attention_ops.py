@@ -35,46 +35,46 @@ def _lse(query: Tensor) -> Tensor:
     return query.new_empty(query.shape[:3], dtype=_statistics(query))
 
 
-def _fake_forward(query, keys, values, biases, masks, indices, scales, causal):
+def _fake_forward(query, keys, values, biases, bias_at, masks, indices, scales, causal):
     return _like_query(query, values[0].shape[3]), _lse(query)
 
 
-def _fake_gradients(query, keys, values, biases, bias_grads):
+def _fake_gradients(query, keys, values, biases, bias_at, bias_grads):
     wide = _statistics(query)
     return (
         query.new_empty(query.shape, dtype=wide),
         [k.new_empty(k.shape) for k in keys],
         [v.new_empty(v.shape) for v in values],
         [
-            query.new_empty(b.shape, dtype=wide)
-            for b, wanted in zip(biases, bias_grads, strict=True)
+            query.new_empty(biases[at].shape, dtype=wide)
+            for at, wanted in zip(bias_at, bias_grads, strict=True)
             if wanted
         ],
     )
 
 
 def _fake_backward(
-    grad_out, grad_lse, query, keys, values, biases, masks, indices, scales, causal, out, lse, bias_grads
+    grad_out, grad_lse, query, keys, values, biases, bias_at, masks, indices, scales, causal, out, lse, bias_grads
 ):
-    return _fake_gradients(query, keys, values, biases, bias_grads)
+    return _fake_gradients(query, keys, values, biases, bias_at, bias_grads)
 
 
 def _fake_jvp(
-    query, keys, values, biases, masks, indices, scales, causal, out, lse, query_t, keys_t, values_t, biases_t
+    query, keys, values, biases, bias_at, masks, indices, scales, causal, out, lse, query_t, keys_t, values_t, biases_t
 ):
     return _like_query(query, values[0].shape[3]), _lse(query)
 
 
 def _fake_jvp_backward(
-    grad_out, grad_lse, query, keys, values, biases, masks, indices, scales, causal, out, lse,
+    grad_out, grad_lse, query, keys, values, biases, bias_at, masks, indices, scales, causal, out, lse,
     query_t, keys_t, values_t, biases_t, out_t, lse_t, bias_grads,
 ):
-    return _fake_gradients(query, keys, values, biases, bias_grads)
+    return _fake_gradients(query, keys, values, biases, bias_at, bias_grads)
 
 
 def _fake_fused(
     query, query_other, query_weight, query_weights, query_index, keys, values, key_others,
-    key_weight, key_weights, key_indices, biases, masks, indices, scales, causal, groups, gate, gates,
+    key_weight, key_weights, key_indices, biases, bias_at, masks, indices, scales, causal, groups, gate, gates,
 ):
     lse = _lse(query) if len(gate) == 1 else query.new_empty((0,), dtype=_statistics(query))
     return _like_query(query, values[0].shape[3]), lse
@@ -85,25 +85,25 @@ def _static(scales, causal, bias_grads=()) -> Static:
 
 
 def _setup_forward(ctx, inputs, output):
-    *tensors, scales, causal = inputs
+    query, keys, values, biases, bias_at, masks, indices, scales, causal = inputs
     ctx.static = _static(scales, causal)
-    query, *lists = tensors
-    flat = (query, *(t for part in lists for t in part))
-    ctx.save_for_backward(*flat, *output)
+    ctx.bias_at = bias_at
+    spread = [None if at < 0 else biases[at] for at in bias_at]
+    ctx.save_for_backward(query, *keys, *values, *spread, *masks, *indices, *output)
     ctx.set_materialize_grads(False)
 
 
 def _backward_of_forward(ctx, grad_out, grad_lse):
     sources = len(ctx.static.scales)
     *tensors, out, lse = ctx.saved_tensors
-    core = core_of(tensors, sources)
-    needs = [False] * (1 + 2 * sources) + [
-        b is not None and b.requires_grad for b in core.biases
-    ]
+    # The flags of a Tensor[] argument come as one list, in the order of the raw op's arguments.
+    wanted = ctx.needs_input_grad[3]
+    needs = [False] * (1 + 2 * sources) + [at >= 0 and wanted[at] for at in ctx.bias_at]
     vjp, _ = _RULES["forward"]
     grads = vjp(ctx.static, tensors, (out, lse), (grad_out, grad_lse), needs)
     parts = core_of(grads, sources)
-    return (*parts, None, None)
+    biases = [g for g, at in zip(parts.biases, ctx.bias_at, strict=True) if at >= 0]
+    return parts.query, parts.keys, parts.values, biases, None, None, None, None, None
 
 
 _RULES = rules(Calls(_forward, _backward, _jvp, _jvp_backward))

@@ -65,7 +65,7 @@ class KV:
     Args:
         key: (Bs, Hk, M, D), same dtype and device as the query; the query's head count is a
             multiple of Hk, and query head ``h`` reads head ``h // (H // Hk)``. Bs is the query's
-            batch size or 1, or anything with ``index``.
+            batch size or 1, or anything with ``index``. Hk is the same for all sources.
         value: (Bs, Hk, M, Dv); Dv may differ from D but not between sources.
 
     Keyword Args:
@@ -272,6 +272,9 @@ def _append(result: Normalised, name: str, source: KV, scale: float) -> None:
     _checks.size(f"{name}.value", value, 1, own_heads, "heads of key")
     _checks.size(f"{name}.value", value, 2, keys, "number of keys")
     if len(result.values) > 0:
+        _checks.size(
+            f"{name}.key", key, 1, result.keys[0].shape[1], "head count of the first source"
+        )
         _checks.size(
             f"{name}.value", value, 3, result.values[0].shape[3], "value width of the first source"
         )

@@ -11,7 +11,7 @@ from torch import Tensor
 from transfuse import _backend, _native
 from transfuse._autograd import needs_derivative
 from transfuse.ops import _attention_ops
-from transfuse.ops._attention_core import Static, functions, raw
+from transfuse.ops._attention_core import Static, compact, functions, raw
 from transfuse.ops._attention_reference import (
     _mix,
     attend_reference,
@@ -32,6 +32,8 @@ from transfuse.ops._sources import (
 __all__ = ["KV", "AttendResult", "Blend", "attend", "attend_with_lse", "merge_attention"]
 
 _backend.declare("attend", ("reference", "cpu", "triton"))
+if _native.status().loaded:
+    _attention_ops.register()
 
 
 def attend(
@@ -92,7 +94,6 @@ def attend(
     chosen = _backend.choose("attend", backend, query.device, query.dtype)
     if chosen == "composed":
         return _composed(call)
-    _prepare(chosen)
     if needs_derivative(_tensors(call)):
         return _differentiable(call, chosen)
     return _fused(call, chosen)[0]
@@ -135,7 +136,6 @@ def attend_with_lse(
     chosen = _backend.choose("attend", backend, query.device, query.dtype)
     if chosen == "composed":
         return attend_with_lse_reference(query, sources, blend=blend, scale=scale)
-    _prepare(chosen)
     if needs_derivative(_tensors(call)):
         return AttendResult(*_core(call, chosen, range(len(call.keys)), _blended_query(call)))
     return AttendResult(*_fused(call, chosen))
@@ -170,12 +170,6 @@ def merge_attention(
 
 
 # ---- internal ---------------------------------------------------------------------------------------------------
-
-
-def _prepare(backend: str) -> None:
-    if backend == "cpu" and not torch.compiler.is_compiling():
-        _native.require()
-        _attention_ops.register()
 
 
 def _tensors(call: Normalised) -> list[Tensor | None]:
@@ -228,7 +222,7 @@ def _fused(call: Normalised, backend: str) -> tuple[Tensor, Tensor]:
         key_weight,
         key_weights,
         call.key_indices,
-        call.biases,
+        *compact(call.biases),
         call.masks,
         call.indices,
         call.scales,
