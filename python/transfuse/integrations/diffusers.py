@@ -15,13 +15,14 @@ replacing their processor would silently drop what it adds.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from transfuse._registry import near_matches
 from transfuse.methods._attention_layers import (
+    LayerReplacement,
     PatchHandle,
     attention_scale,
     find_attention,
@@ -75,11 +76,11 @@ class AttendProcessor:
         _require_diffusers()
         self.backend = backend
         self.name = "attention"
-        self.previous: Callable[..., Tensor] | None = None
+        self.previous: Any = None
 
     def __call__(
         self,
-        attn: nn.Module,
+        attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -128,7 +129,7 @@ class AttendProcessor:
                     f"layers: no attention layer matches {entry!r}; {near_matches(entry, found)}"
                 )
             chosen |= matches
-        replacements = {}
+        replacements: dict[str, tuple[nn.Module, LayerReplacement]] = {}
         for name, layer in found.items():
             if name in chosen:
                 # One copy per layer: each remembers what it replaced.

@@ -13,7 +13,7 @@ import inspect
 import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -91,8 +91,8 @@ def decoder_block_numbers(model: nn.Module, names: Iterable[str]) -> dict[str, i
         match = re.match(r"((?:.*\.)?up_blocks)\.(\d+)\.attentions\.(\d+)\.", name + ".")
         if match is not None:
             blocks, index, position = match[1], int(match[2]), int(match[3])
-            before = list(model.get_submodule(blocks))[:index]
-            numbers[name] = sum(len(block.resnets) for block in before) + position
+            decoder: Any = model.get_submodule(blocks)
+            numbers[name] = sum(len(block.resnets) for block in decoder[:index]) + position
             continue
         match = re.match(r"(?:.*\.)?output_blocks\.(\d+)\.", name + ".")
         if match is not None:
@@ -167,7 +167,7 @@ def _prepare_mask(layer: nn.Module, mask: Tensor, batch: int, tokens: int) -> Te
 
 
 def run_projected_attention(
-    layer: nn.Module,
+    layer: Any,
     core: AttentionCore,
     hidden_states: Tensor,
     encoder_hidden_states: Tensor | None = None,
@@ -252,12 +252,14 @@ class LayerReplacement(Protocol):
     """
 
     name: str
-    idle: bool
-    previous: Callable[..., Tensor]
+    previous: Any
+
+    @property
+    def idle(self) -> bool: ...
 
     def __call__(
         self,
-        attn: nn.Module,
+        attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -277,7 +279,7 @@ class _ForwardSlot:
         self._saved = layer.__dict__.get("forward")  # None: the class's own forward
         self._original = layer.forward
         self._extra_names = list(inspect.signature(self._original).parameters)[1:]
-        self.processor: Callable[..., Tensor] = self._original
+        self.processor: Any = self._original
         functools.update_wrapper(self, self._original)
 
     # The layer's own argument names are unknown here, so its call is forwarded as it came.
@@ -306,7 +308,7 @@ class _ForwardSlot:
             self._layer.forward = self._saved
 
 
-def _slot(layer: nn.Module) -> nn.Module | _ForwardSlot:
+def _slot(layer: nn.Module) -> Any:
     """What holds the layer's processor: the layer itself, or a stand-in for its forward."""
     if _has_processor(layer):
         return layer

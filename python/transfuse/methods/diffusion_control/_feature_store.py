@@ -151,10 +151,10 @@ class FeatureStore:
         for name, tensor in state.items():
             head, _, part = name.rpartition("/")
             role, _, rest = head.partition("/")
-            label, _, layer = rest.partition("/")
-            if role not in PARTS or part not in PARTS[role] or not layer or not _is_int(label):
+            number, _, layer = rest.partition("/")
+            if role not in PARTS or part not in PARTS[role] or not layer or not _is_int(number):
                 raise ValueError(f"state: expected keys 'role/label/layer/part', got {name!r}")
-            loaded.setdefault((role, int(label), layer), {})[part] = tensor
+            loaded.setdefault((role, int(number), layer), {})[part] = tensor
         fresh = FeatureStore(dtype=self.dtype, device=self.device, pin_memory=self.pin_memory)
         for (role, label, layer), parts in loaded.items():
             fresh.put(

@@ -36,6 +36,7 @@ import inspect
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -89,8 +90,8 @@ def _check_gamma(gamma: object) -> None:
 
 
 def _check_temperature(temperature: object) -> None:
-    valid = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
-    if not valid or not math.isfinite(temperature) or temperature <= 0:
+    real = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
+    if not real or not 0 < temperature < math.inf:  # type: ignore[operator]
         raise ValueError(f"temperature: expected a finite number > 0, got {temperature!r}")
 
 
@@ -222,16 +223,16 @@ def inject(
         _check_features(query, "query_content", query_content, tokens=True)
         blend = Blend(query_content, gamma)
     bias = None
-    if key_style is not None:
+    if key_style is not None and value_style is not None:
         if mask is not None:
             raise ValueError("mask: describes the own keys and cannot be used with style keys")
         _check_features(query, "key_style", key_style, tokens=False)
         _check_features(query, "value_style", value_style, tokens=False)
         key, value = key_style, value_style
-    elif key is None or value is None:
-        raise ValueError("key and value: needed when no style key and value are given")
     elif mask is not None and mask.dtype != torch.bool:
         bias, mask = mask, None
+    if key is None or value is None:
+        raise ValueError("key and value: needed when no style key and value are given")
     injected = query_content is not None or key_style is not None
     source = KV(key, value, temperature=temperature if injected else 1.0, bias=bias, mask=mask)
     return attend(query, source, blend=blend, scale=scale, backend=backend)
@@ -243,7 +244,7 @@ class _InjectionLayer:
     def __init__(self, injector: StyleInjector, name: str) -> None:
         self.name = name
         self._injector = injector
-        self.previous: Callable[..., Tensor]
+        self.previous: Any = None
 
     @property
     def idle(self) -> bool:
@@ -251,7 +252,7 @@ class _InjectionLayer:
 
     def __call__(
         self,
-        attn: nn.Module,
+        attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -343,9 +344,9 @@ class StyleInjector:
         self._recorded = RecordedCalls()
         self._replaying = False
         parameters = list(inspect.signature(model.forward).parameters)
-        self._time_argument = next((name for name in _TIME_ARGUMENTS if name in parameters), None)
-        self._time_position = (
-            None if self._time_argument is None else parameters.index(self._time_argument)
+        # (name, position) of the argument that carries the time label
+        self._time_argument = next(
+            ((name, parameters.index(name)) for name in _TIME_ARGUMENTS if name in parameters), None
         )
         chosen = select_self_attention(model, layers, default_count=_DEFAULT_LAYER_COUNT)
         self._handle = PatchHandle(
@@ -421,10 +422,11 @@ class StyleInjector:
         if self._mode is None:
             return
         if self._time_argument is not None:
-            if self._time_argument in kwargs:
-                self._label = time_label(kwargs[self._time_argument])
-            elif self._time_position < len(args):
-                self._label = time_label(args[self._time_position])
+            name, position = self._time_argument
+            if name in kwargs:
+                self._label = time_label(kwargs[name])
+            elif position < len(args):
+                self._label = time_label(args[position])
         if self.options.storage != "recompute" or self._replaying:
             return
         label = self._current_label()
