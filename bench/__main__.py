@@ -232,7 +232,7 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         environment=environment,
         limits=limits,
         settings={
-            "arguments": [str(argument) for argument in arguments],
+            "arguments": [machine.without_folders(argument) for argument in arguments],
             "quick": options.quick,
             "seed": settings.seed,
             "seconds_per_case": budget.seconds,

@@ -56,6 +56,12 @@ def _map_bytes(batch: int, heads: int, rows: int, columns: int, *, copies: int) 
     return 4 * batch * heads * rows * columns * copies
 
 
+def _yardstick(setup: Setup) -> str | None:
+    """SDPA for half precision on the CPU, where the written-out reference takes minutes."""
+    half = setup.dtype in (torch.float16, torch.bfloat16)
+    return "sdpa" if half and setup.device.type == "cpu" else None
+
+
 def _half_skips(setup: Setup) -> dict[str, str]:
     """Peers that multiply fp16 matrices one by one, which torch's CPU build does at a crawl."""
     if setup.device.type != "cpu" or setup.dtype != torch.float16:
@@ -89,8 +95,8 @@ def _sdpa_math(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> t
         return F.scaled_dot_product_attention(query, key, value)
 
 
-def _ours(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    return attend(query, KV(key, value))
+def _ours(setup: Setup) -> Attention:
+    return lambda query, key, value: attend(query, KV(key, value), backend=setup.backend)
 
 
 def _on_qkv(attention: Attention) -> Expression:
@@ -111,7 +117,7 @@ def _plain(shape: tuple[int, int, int, int]) -> Callable[[Setup], Workload]:
         }
         return Workload(
             tensors=tensors,
-            ours=_on_qkv(_ours),
+            ours=_on_qkv(_ours(setup)),
             reference=_on_qkv(explicit_attention),
             expressions={
                 "sdpa": _on_qkv(F.scaled_dot_product_attention),
@@ -120,7 +126,7 @@ def _plain(shape: tuple[int, int, int, int]) -> Callable[[Setup], Workload]:
                 "xformers": _xformers,
                 "flash-attn": _flash_attn,
             },
-            yardstick="sdpa",
+            yardstick=_yardstick(setup),
             differentiable=("query", "key", "value"),
             heads=heads,
             flops=_flops(setup.mode, batch, heads, count * count, width),
@@ -151,6 +157,7 @@ def _style(tensors: Tensors, setup: Setup, *, inputs: str) -> Workload:
             t["query"],
             KV(t["key"], t["value"], temperature=TEMPERATURE),
             blend=Blend(t["content"], GAMMA),
+            backend=setup.backend,
         )
 
     def mixed(t: Tensors) -> torch.Tensor:
@@ -175,7 +182,7 @@ def _style(tensors: Tensors, setup: Setup, *, inputs: str) -> Workload:
         ours=ours,
         reference=reference,
         expressions={"sdpa": sdpa, "explicit": reference, "flex": flex},
-        yardstick="sdpa",
+        yardstick=_yardstick(setup),
         differentiable=("query", "content", "key", "value"),
         heads=heads,
         flops=_flops(setup.mode, batch, heads, count * tensors["key"].shape[2], width),
@@ -271,7 +278,8 @@ def _block_mask(setup: Setup) -> Workload:
     prepared: list[object] = []
 
     def ours(t: Tensors) -> torch.Tensor:
-        return attend(t["query"], KV(t["key"], t["value"], mask=t["mask"]))
+        source = KV(t["key"], t["value"], mask=t["mask"])
+        return attend(t["query"], source, backend=setup.backend)
 
     def sdpa(t: Tensors) -> torch.Tensor:
         return F.scaled_dot_product_attention(t["query"], t["key"], t["value"], attn_mask=t["mask"])
@@ -308,7 +316,7 @@ def _block_mask(setup: Setup) -> Workload:
         ours=ours,
         reference=reference,
         expressions={"sdpa": sdpa, "sdpa-bias": sdpa_bias, "flex": flex},
-        yardstick="sdpa",
+        yardstick=_yardstick(setup),
         differentiable=("query", "key", "value"),
         heads=heads,
         flops=_flops(setup.mode, batch, heads, count * count // 2, width),
@@ -339,7 +347,8 @@ def _references(setup: Setup) -> Workload:
     }
 
     def ours(t: Tensors) -> torch.Tensor:
-        return attend(t["query"], [KV(t[f"key{i}"], t[f"value{i}"]) for i in range(3)])
+        sources = [KV(t[f"key{i}"], t[f"value{i}"]) for i in range(3)]
+        return attend(t["query"], sources, backend=setup.backend)
 
     def joined(t: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
         return (
@@ -362,7 +371,7 @@ def _references(setup: Setup) -> Workload:
         ours=ours,
         reference=reference,
         expressions={"sdpa": sdpa, "flex": flex},
-        yardstick="sdpa",
+        yardstick=_yardstick(setup),
         differentiable=inputs,
         heads=heads,
         flops=_flops(setup.mode, batch, heads, 3 * count * count, width),
@@ -401,6 +410,7 @@ def _adapter(setup: Setup) -> Workload:
                 KV(t["text_key"], t["text_value"], group=0),
                 KV(t["image_key"], t["image_value"], group=1, gate=ADAPTER_GATE),
             ],
+            backend=setup.backend,
         )
 
     def two_calls(attention: Attention) -> Expression:
@@ -424,7 +434,7 @@ def _adapter(setup: Setup) -> Workload:
             # Compiled as one expression, inductor cannot fuse the sum into its FlexAttention.
             "flex-parts": two_calls(torch.compile(_flex, fullgraph=True, dynamic=False)),
         },
-        yardstick="sdpa",
+        yardstick=_yardstick(setup),
         differentiable=inputs,
         heads=heads,
         flops=_flops(setup.mode, batch, heads, count * (text + image), width),
@@ -456,15 +466,15 @@ def _hvp_vit(setup: Setup) -> Workload:
 
     return Workload(
         tensors=tensors,
-        ours=by(vit.hvp_double_backward, _ours),
-        variants={"transfuse-jvp": by(vit.hvp_forward_over_reverse, _ours)},
+        ours=by(vit.hvp_double_backward, _ours(setup)),
+        variants={"transfuse-jvp": by(vit.hvp_forward_over_reverse, _ours(setup))},
         reference=by(vit.hvp_double_backward, explicit_attention),
         expressions={
             "explicit": by(vit.hvp_double_backward, explicit_attention),
             "explicit-jvp": by(vit.hvp_forward_over_reverse, explicit_attention),
             "sdpa-math": by(vit.hvp_double_backward, _sdpa_math),
         },
-        yardstick="explicit",
+        yardstick=None,
         flops=round(WORK["hvp"] * vit.forward_flops(batch, count)),
         bytes=4 * _bytes_of(*parameters),
         floor_note=FLOOR,
@@ -506,13 +516,13 @@ def _hvp_attention(shape: tuple[int, int, int, int]) -> Callable[[Setup], Worklo
         maps = _map_bytes(batch, heads, count, count, copies=12)
         return Workload(
             tensors=tensors,
-            ours=product(_ours),
+            ours=product(_ours(setup)),
             reference=product(explicit_attention),
             expressions={
                 "explicit": product(explicit_attention),
                 "sdpa-math": product(_sdpa_math),
             },
-            yardstick="explicit",
+            yardstick=None,
             heads=heads,
             flops=_flops("hvp", batch, heads, count * count, width),
             bytes=10 * _bytes_of(tensors["query"]),

@@ -60,6 +60,12 @@ class Setup:
     device: torch.device
     seed: int = 0
 
+    @property
+    def backend(self) -> str:
+        """The backend ours is forced to: a forced one never falls back, so a missing or mismatched
+        binary is a failed row and not the timing of an eager composition under our name."""
+        return "triton" if self.device.type == "cuda" else "cpu"
+
     def generator(self) -> torch.Generator:
         # Always a CPU generator: the same seed must give the same inputs on every device.
         return torch.Generator().manual_seed(self.seed)
@@ -72,18 +78,20 @@ class Workload:
     ``expressions`` are the alternatives by kind ("sdpa", "explicit", ...); ``peers`` of this
     package say how each is run (eagerly, compiled, by another package). Every expression maps the
     tensors to the same output as ``ours``. ``variants`` are further ways to write it with
-    transfuse. ``reference`` must also accept float64 tensors. ``heads`` set means heads are
-    independent (axis 1 of every tensor whose axis 1 has that size), so that the oracle may go head
-    by head and never hold a whole float64 attention map. ``needs_bytes`` (by kind of expression)
-    keeps a peer that would not fit from being started, ``skips`` (by peer) one that is known to be
-    hopeless: why.
+    transfuse.
+    ``reference`` must also accept float64 tensors. ``yardstick`` names the expression whose error
+    counts as eager torch's; None is the reference itself, the rule wherever that takes no minutes.
+    ``heads`` set means heads are independent (axis 1 of every tensor whose axis 1 has that size),
+    so that the oracle may go head by head and never hold a whole float64 attention map.
+    ``needs_bytes`` (by kind of expression) keeps a peer that would not fit from being started,
+    ``skips`` (by peer) one that is known to be hopeless: why.
     """
 
     tensors: Tensors
     ours: Expression
     reference: Expression
     expressions: dict[str, Expression]
-    yardstick: str
+    yardstick: str | None
     flops: int
     bytes: int
     floor_note: str

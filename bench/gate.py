@@ -87,9 +87,21 @@ def bind(
 
 def oracle(workload: Workload, *, mode: str) -> Outputs:
     """float64 reference on the rounded inputs, head by head where heads are independent."""
+    return _reference(workload, widen(workload.tensors), mode)
+
+
+def yardstick(workload: Workload, *, mode: str) -> Outputs:
+    """Eager torch in the dtype of the inputs, whose error the tolerance rule starts from."""
+    if workload.yardstick is None:
+        return _reference(workload, workload.tensors, mode)
+    expression = workload.expressions[workload.yardstick]
+    call = bind(expression, workload.tensors, mode=mode, differentiable=workload.differentiable)
+    return tuple(tensor.detach() for tensor in call())
+
+
+def _reference(workload: Workload, tensors: Tensors, mode: str) -> Outputs:
     mode = "full" if mode == "backward" else mode
-    double = widen(workload.tensors)
-    slices = [double] if workload.heads is None else _by_head(double, workload.heads)
+    slices = [tensors] if workload.heads is None else _by_head(tensors, workload.heads)
     parts = []
     for part in slices:
         call = bind(workload.reference, part, mode=mode, differentiable=workload.differentiable)

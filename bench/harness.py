@@ -13,7 +13,7 @@ import torch
 
 from . import allocator, machine, memory
 from .cases import DTYPES, Case, Expression, Setup, Target, Unavailable, Workload, load_cases
-from .gate import Gate, bind, oracle
+from .gate import Gate, bind, oracle, yardstick
 from .peers import Peer, all_peers
 from .timing import Budget, Samples, first_line, interleave, make_clock
 
@@ -107,6 +107,9 @@ def run_case(op: str, case: Case, target: Target, settings: Settings) -> dict[st
         here is an entry with ``status`` "unavailable" and the reason; nothing a candidate does
         raises.
     """
+    setup = Setup(
+        dtype=DTYPES[target.dtype], mode=target.mode, device=settings.device, seed=settings.seed
+    )
     entry: dict[str, object] = {
         "op": op,
         "case": case.name,
@@ -114,6 +117,7 @@ def run_case(op: str, case: Case, target: Target, settings: Settings) -> dict[st
         "dtype": target.dtype,
         "mode": target.mode,
         "device": settings.device.type,
+        "backend": setup.backend,
         "threads": torch.get_num_threads(),
         "allocator": allocator.state_now(),
         "status": "ok",
@@ -123,9 +127,6 @@ def run_case(op: str, case: Case, target: Target, settings: Settings) -> dict[st
         "memory_bar": target.memory_bar,
         "candidates": [],
     }
-    setup = Setup(
-        dtype=DTYPES[target.dtype], mode=target.mode, device=settings.device, seed=settings.seed
-    )
     with warnings.catch_warnings():
         # Eager FlexAttention and inductor advise on every use; their rows say what they are.
         warnings.simplefilter("ignore")
@@ -154,14 +155,8 @@ def run_case(op: str, case: Case, target: Target, settings: Settings) -> dict[st
 
 def _gate(workload: Workload, setup: Setup) -> Gate:
     truth = oracle(workload, mode=setup.mode)
-    eager = bind(
-        workload.expressions[workload.yardstick],
-        workload.tensors,
-        mode=setup.mode,
-        differentiable=workload.differentiable,
-    )()
-    detached = tuple(tensor.detach() for tensor in eager)
-    return Gate(truth, detached, mode=setup.mode, inputs=workload.tensors)
+    eager = yardstick(workload, mode=setup.mode)
+    return Gate(truth, eager, mode=setup.mode, inputs=workload.tensors)
 
 
 def _collect(case: Case, workload: Workload, setup: Setup, settings: Settings) -> list[Row]:
@@ -306,7 +301,7 @@ def _describe(workload: Workload) -> dict[str, object]:
         "flops": workload.flops,
         "bytes": workload.bytes,
         "floor_note": workload.floor_note,
-        "yardstick": workload.yardstick,
+        "yardstick": "reference" if workload.yardstick is None else workload.yardstick,
     }
 
 

@@ -8,6 +8,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -16,16 +17,17 @@ from pathlib import Path
 
 import torch
 
-from .timing import make_clock
+from . import allocator
+from .timing import first_line, make_clock
 
 # Processor features that decide which kernels run, ours or torch's. The rest of the list is noise.
 RELEVANT_FLAGS = frozenset(
     ("avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16",
      "avx512_fp16", "amx_tile", "amx_bf16", "asimd", "asimdhp", "bf16", "sve", "sve2")
 )  # fmt: skip
-ENVIRONMENT_PREFIXES = (
-    "MALLOC_", "OMP_", "KMP_", "GOMP_", "MKL_", "TRANSFUSE_", "TORCHINDUCTOR_"
-)  # fmt: skip
+# What may change a figure and holds no folder names: records are published.
+ENVIRONMENT_PREFIXES = ("MALLOC_", "OMP_", "KMP_", "GOMP_", "MKL_", "TRANSFUSE_")
+FOLDERS = re.compile(r"(?:/[^\s:/]+)+/")
 
 
 def environment(device: torch.device) -> dict[str, object]:
@@ -49,11 +51,21 @@ def environment(device: torch.device) -> dict[str, object]:
         "device": device_block(device),
         "packages": _versions(("numpy", "triton", "scikit-learn")),
         "variables": {
-            name: value
+            name: without_folders(value)
             for name, value in sorted(os.environ.items())
-            if name.startswith(ENVIRONMENT_PREFIXES)
+            if name.startswith(ENVIRONMENT_PREFIXES) and name != allocator.RESTARTED
         },
     }
+
+
+def without_folders(text: str) -> str:
+    """A text with absolute paths cut down to their last part.
+
+    Example:
+        >>> without_folders("/home/someone/lib.so: undefined symbol")
+        'lib.so: undefined symbol'
+    """
+    return FOLDERS.sub("", text)
 
 
 def transfuse_build() -> dict[str, object]:
@@ -62,7 +74,7 @@ def transfuse_build() -> dict[str, object]:
     try:
         native = importlib.import_module("transfuse._C")
     except ImportError as error:
-        return build | {"compiled": False, "reason": str(error).splitlines()[0]}
+        return build | {"compiled": False, "reason": without_folders(first_line(error))}
     build["compiled"] = True
     report = getattr(native, "build_info", None)
     if callable(report):
@@ -205,7 +217,9 @@ def _name(dtype: torch.dtype) -> str:
 
 def _plain(value: object) -> object:
     """A value as JSON can hold it."""
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if isinstance(value, str):
+        return without_folders(value)
+    if value is None or isinstance(value, (bool, int, float)):
         return value
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}

@@ -22,6 +22,7 @@ RESULT_FIELDS: dict[str, tuple[type | None, ...]] = {
     "dtype": (str,),
     "mode": (str,),
     "device": (str,),
+    "backend": (str,),
     "threads": (int,),
     "allocator": (str,),
     "status": (str,),
