@@ -75,7 +75,7 @@ def transfuse_build() -> dict[str, object]:
         native = importlib.import_module("transfuse._C")
     except ImportError as error:
         return build | {"compiled": False, "reason": without_folders(first_line(error))}
-    build["compiled"] = True
+    build |= {"compiled": True, "isa": isa_level()}
     report = getattr(native, "build_info", None)
     if callable(report):
         build |= {str(key): _plain(value) for key, value in dict(report()).items()}
