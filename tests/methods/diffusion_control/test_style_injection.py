@@ -7,9 +7,8 @@ import math
 
 import pytest
 import torch
-from torch import nn
-
 import transfuse.ops
+from torch import nn
 from transfuse.methods.diffusion_control import style_injection
 from transfuse.methods.diffusion_control.style_injection import (
     FeatureStore,
@@ -209,8 +208,11 @@ def test_adain_statistics_and_broadcast_style():
     torch.testing.assert_close(pooled.std((0, 2, 3)), style.std((0, 2, 3)))
 
 
-def test_adain_of_a_constant_channel_is_finite_by_default():
-    assert adain_latent(torch.ones(1, 2, 4, 4), torch.randn(1, 2, 4, 4)).isfinite().all()
+@pytest.mark.parametrize("statistics", ["sample", "batch"])
+def test_adain_of_a_constant_channel_is_the_mean_of_the_style(statistics):
+    content, style = torch.ones(1, 2, 4, 4), torch.randn(1, 2, 4, 4)
+    out = adain_latent(content, style, statistics=statistics)
+    torch.testing.assert_close(out, style.mean((2, 3), keepdim=True).expand_as(content))
 
 
 @pytest.mark.parametrize(

@@ -559,7 +559,7 @@ def adain_latent(
         statistics: ``"sample"``: over (H, W) of each sample; ``"batch"``: over (B, H, W) together,
             as the LDM version does. The latter mixes the images of a batch.
         eps: Added to sigma_c. None: 1e-4 for ``"sample"``, 0 for ``"batch"`` (the official
-            values; with 0 a constant channel is not finite).
+            values). A constant channel becomes the style's mean with either.
 
     Returns:
         (B, C, H, W).
@@ -583,7 +583,6 @@ def adain_latent(
         return adain(content, style, dims=(0, 2, 3), eps=0.0 if eps is None else eps)
     if style.shape[0] not in (1, content.shape[0]):
         raise ValueError(f"style: expected batch 1 or {content.shape[0]}, got {style.shape[0]}")
-    style = style.expand(content.shape[0], -1, -1, -1)
     return adain(content, style, dims=(-2, -1), eps=1e-4 if eps is None else eps)
 
 
