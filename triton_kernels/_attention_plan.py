@@ -16,6 +16,7 @@ the entry holds for both. ``TRANSFUSE_TRITON_PRECISION`` (``ieee``, ``tf32x3`` o
 """
 
 import functools
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -50,7 +51,7 @@ TABLE: Mapping[str, Mapping[str, Mapping[int, Config]]] = {
             16: Config(128, 64, 4, 3),
             32: Config(128, 64, 4, 3),
             64: Config(128, 64, 4, 3),
-            128: Config(128, 64, 8, 2),
+            128: Config(128, 32, 8, 3),
             256: Config(64, 32, 4, 2),
         },
         "single": {
@@ -205,35 +206,58 @@ def _overrides(text: str) -> dict[tuple[str, int, str], Config]:
             precisions = precision if precision else ["half", "single"]
             sizes = (config.block_m, config.block_n, config.warps)
             known = known and set(precisions) <= {"half", "single"} and config.stages >= 1
-            known = (
-                known and min(sizes[:2]) >= 16 and all(n > 0 and n & (n - 1) == 0 for n in sizes)
-            )
+            known = known and min(sizes[:2]) >= 16 and max(sizes[:2]) <= 256
+            known = known and all(n > 0 and n & (n - 1) == 0 for n in sizes)
         except (TypeError, ValueError):
             known = False
         if not known:
             raise ValueError(
                 f"TRANSFUSE_TRITON_CONFIG: cannot use {entry!r}; expected "
                 "direction:bucket[:half|single]=block_m,block_n,warps,stages with direction one "
-                f"of {', '.join(TABLE)}, bucket one of {BUCKETS}, block sizes powers of two >= 16"
+                f"of {', '.join(TABLE)}, bucket one of {BUCKETS}, block sizes powers of two from "
+                "16 to 256"
             )
         for each in precisions:
             parsed[direction, int(bucket), each] = config
     return parsed
 
 
-def choose(direction: str, dtype: torch.dtype, width: int, rows: int, keys: int) -> Config:
-    """Table entry for head dimension ``width``, its tile shrunk to the problem."""
+def choose(
+    direction: str,
+    dtype: torch.dtype,
+    width: int,
+    rows: int,
+    keys: int,
+    per_row: bool = False,
+) -> Config:
+    """Table entry for head dimension ``width``, its tile shrunk to the problem.
+
+    ``per_row``: a bias or mask differs from query to query; its tiles and their addresses take as
+    many registers as the logits do, so that the table's tile is halved.
+    """
     bucket = padded(width)
     precision = "single" if dtype == torch.float32 else "half"
     config = TABLE[direction][precision][bucket]
     text = os.environ.get("TRANSFUSE_TRITON_CONFIG")
+    override = None
     if text is not None:
-        config = _overrides(text).get((direction, bucket, precision), config)
+        override = _overrides(text).get((direction, bucket, precision))
+    if override is not None:
+        config = override
+    elif per_row:
+        config = config._replace(block_m=max(16, config.block_m // 2))
     block_m = min(config.block_m, padded(rows))
     block_n = min(config.block_n, padded(keys))
-    # More than one warp per 16 x 16 patch of the tile would only repeat work.
-    warps = min(config.warps, max(1, block_m * block_n // 256))
+    warps = config.warps
+    if (block_m, block_n) != config[:2]:
+        # More than one warp per 16 x 16 patch of the tile would only repeat work.
+        warps = min(warps, max(1, block_m * block_n // 256))
     return Config(block_m, block_n, warps, config.stages)
+
+
+def differs_per_row(*groups: Sequence[torch.Tensor | None]) -> bool:
+    """Whether a bias or mask is not the same for every query."""
+    return any(t is not None and _stride(t, 2) != 0 for tensors in groups for t in tensors)
 
 
 def padded(size: int) -> int:
@@ -259,18 +283,32 @@ def _stride(tensor: torch.Tensor, axis: int) -> int:
     return 0 if tensor.shape[axis] == 1 else tensor.stride(axis)
 
 
+def _unit(*strides: int) -> int:
+    """Largest power of two up to 16 that divides all strides."""
+    return math.gcd(16, *strides)
+
+
 def operand(tensor: torch.Tensor) -> Operand:
     """Record of a (B, H, N, D) or (B, H, N) tensor."""
     column = _stride(tensor, 3) if tensor.dim() == 4 else 0
-    return Operand(tensor, _stride(tensor, 0), _stride(tensor, 1), _stride(tensor, 2), column)
+    strides = [_stride(tensor, axis) for axis in range(3)]
+    unit = _unit(*strides)
+    return Operand(tensor, *(stride // unit for stride in strides), column, tl.constexpr(unit))
 
 
 def pairs(tensor: torch.Tensor) -> Pairs:
     """Record of a (B, H, N, M) bias or mask; masks are read as bytes."""
     data = tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
-    strides = [_stride(data, axis) for axis in range(4)]
-    per_row = tensor.shape[2] > 1 and strides[2] != 0
-    return Pairs(data, *strides, per_row=tl.constexpr(per_row))
+    strides = [_stride(data, axis) for axis in range(3)]
+    unit = _unit(*strides)
+    per_row = strides[2] != 0
+    return Pairs(
+        data,
+        *(stride // unit for stride in strides),
+        _stride(data, 3),
+        tl.constexpr(unit),
+        tl.constexpr(per_row),
+    )
 
 
 def source_record(
@@ -336,7 +374,7 @@ def is_wide(*records: Any) -> bool:
     """Whether an offset inside one tile (at most 256 x 256) may exceed 32 bits."""
     for record in records:
         if isinstance(record, Operand | Pairs):
-            if 256 * (record.row + record.column) >= 2**31:
+            if 256 * (record.row * record.unit.value + record.column) >= 2**31:
                 return True
         elif isinstance(record, tuple) and is_wide(*record):
             return True

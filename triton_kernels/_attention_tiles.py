@@ -1,8 +1,10 @@
 """Device functions and argument records shared by the attention kernels.
 
 Every kernel receives its tensors as records (named tuples) of a pointer and its strides, so that
-no layout is assumed and nothing is copied or expanded. A stride of 1 or divisible by 16 is
-specialised by Triton; absent parts are ``None`` and disappear at compile time.
+no layout is assumed and nothing is copied or expanded; absent parts are ``None`` and disappear at
+compile time. Batch, head and row strides are counted in a compile-time ``unit`` (a power of two
+that divides them all): Triton itself only notices divisibility by 16, and without the unit rows of
+40 or 72 half-precision elements would be loaded one element at a time.
 
 Tiles are written for both orientations: ``i`` counts local query rows and ``j`` local keys, one of
 them along each axis of the tile. The query and forward passes use (queries, keys); the key pass
@@ -26,6 +28,7 @@ class Operand(NamedTuple):
     head: Any
     row: Any
     column: Any
+    unit: Any
 
 
 class Pairs(NamedTuple):
@@ -36,6 +39,7 @@ class Pairs(NamedTuple):
     head: Any
     row: Any
     column: Any
+    unit: Any
     per_row: Any
 
 
@@ -79,12 +83,12 @@ class Source(NamedTuple):
 @triton.jit
 def locate(operand, batch, head, start):
     """Pointer to (batch, head, start, 0), in 64-bit arithmetic."""
-    return (
-        operand.data
-        + tl.cast(batch, tl.int64) * operand.batch
+    offset = (
+        tl.cast(batch, tl.int64) * operand.batch
         + tl.cast(head, tl.int64) * operand.head
         + tl.cast(start, tl.int64) * operand.row
     )
+    return operand.data + offset * operand.unit
 
 
 @triton.jit
@@ -112,7 +116,9 @@ def load_tile(
     """Rows start .. start+ROWS-1 of a matrix, zero outside it. CHECK False: all rows exist."""
     i = count(ROWS, WIDE)[:, None]
     d = count(COLUMNS, WIDE)[None, :]
-    pointers = locate(operand, batch, head, start) + i * operand.row + d * operand.column
+    pointers = (
+        locate(operand, batch, head, start) + i * operand.row * operand.unit + d * operand.column
+    )
     if CHECK and WIDTH < COLUMNS:
         tile = tl.load(pointers, mask=(start + i < length) & (d < WIDTH), other=0.0)
     elif CHECK:
@@ -139,7 +145,9 @@ def store_tile(
 ):
     i = count(ROWS, WIDE)[:, None]
     d = count(COLUMNS, WIDE)[None, :]
-    pointers = locate(operand, batch, head, start) + i * operand.row + d * operand.column
+    pointers = (
+        locate(operand, batch, head, start) + i * operand.row * operand.unit + d * operand.column
+    )
     tl.store(
         pointers,
         tile.to(operand.data.dtype.element_ty),
@@ -151,26 +159,35 @@ def store_tile(
 def load_rows(operand, batch, head, start, length, ROWS: tl.constexpr, WIDE: tl.constexpr):
     """A float32 vector over rows, zero outside the tensor."""
     i = count(ROWS, WIDE)
-    pointers = locate(operand, batch, head, start) + i * operand.row
+    pointers = locate(operand, batch, head, start) + i * operand.row * operand.unit
     return tl.load(pointers, mask=start + i < length, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def store_rows(operand, values, batch, head, start, length, ROWS: tl.constexpr, WIDE: tl.constexpr):
     i = count(ROWS, WIDE)
-    pointers = locate(operand, batch, head, start) + i * operand.row
+    pointers = locate(operand, batch, head, start) + i * operand.row * operand.unit
     tl.store(pointers, values, mask=start + i < length)
 
 
 @triton.jit
-def load_pairs(pairs, batch, head, start_m, start_n, i, j, rows, keys):
-    """A bias or mask tile, zero outside; one row or column only where all queries share it."""
+def load_pairs(pairs, batch, head, start_m, start_n, i, j, rows, keys, CHECK: tl.constexpr):
+    """A bias or mask tile, zero outside; one row or column only where all queries share it.
+
+    CHECK False: all keys of the tile exist.
+    """
     base = locate(pairs, batch, head, start_m) + tl.cast(start_n, tl.int64) * pairs.column
+    pointers = base + j * pairs.column
     if pairs.per_row:
-        inside = (start_m + i < rows) & (start_n + j < keys)
-        tile = tl.load(base + i * pairs.row + j * pairs.column, mask=inside, other=0)
+        pointers += i * pairs.row * pairs.unit
+        inside = start_m + i < rows
+        if CHECK:
+            inside = inside & (start_n + j < keys)
+        tile = tl.load(pointers, mask=inside, other=0)
+    elif CHECK:
+        tile = tl.load(pointers, mask=start_n + j < keys, other=0)
     else:
-        tile = tl.load(base + j * pairs.column, mask=start_n + j < keys, other=0)
+        tile = tl.load(pointers)
     return tile
 
 
@@ -241,25 +258,34 @@ def key_limits(source, start_m, rows, BLOCK_M: tl.constexpr, BLOCK_N: tl.constex
 
 
 @triton.jit
-def permitted(source, batch, head, start_m, start_n, i, j, rows, CHECK: tl.constexpr):
-    """Which pairs may attend; None where all of them do."""
+def permitted(
+    source,
+    batch,
+    head,
+    start_m,
+    start_n,
+    i,
+    j,
+    rows,
+    CHECK: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+):
+    """Which pairs may attend; None where all of them do.
+
+    CHECK: keys of the tile may lie outside the source. DIAGONAL: the tile may cross the causal
+    diagonal. Queries outside need no check anywhere: they carry zero gradients.
+    """
     allowed = None
     if source.mask is not None:
         allowed = load_pairs(
-            source.mask, batch, head, start_m, start_n, i, j, rows, source.length
+            source.mask, batch, head, start_m, start_n, i, j, rows, source.length, CHECK
         ).to(tl.int1)
     if CHECK:
-        # Only the forward direction of the keys needs bounds: rows outside carry zero gradients.
-        if source.causal != 0:
-            inside = (start_n + j < source.length) & (
-                start_n + j <= start_m + i + diagonal(source, rows)
-            )
-        else:
-            inside = start_n + j < source.length
-        if source.mask is not None:
-            allowed = allowed & inside
-        else:
-            allowed = inside
+        inside = start_n + j < source.length
+        allowed = allowed & inside if source.mask is not None else inside
+    if DIAGONAL and source.causal != 0:
+        below = start_n + j <= start_m + i + diagonal(source, rows)
+        allowed = allowed & below if source.mask is not None or CHECK else below
     return allowed
 
 
@@ -271,13 +297,24 @@ def any_pair(allowed):
 
 @triton.jit
 def biased(
-    scores, source, allowed, batch, head, start_m, start_n, i, j, rows, RESTRICTED: tl.constexpr
+    scores,
+    source,
+    allowed,
+    batch,
+    head,
+    start_m,
+    start_n,
+    i,
+    j,
+    rows,
+    CHECK: tl.constexpr,
+    RESTRICTED: tl.constexpr,
 ):
     """Logits in natural units: scale * scores + bias, -inf where not allowed."""
     logits = scores * source.scale
     if source.bias is not None:
         logits += load_pairs(
-            source.bias, batch, head, start_m, start_n, i, j, rows, source.length
+            source.bias, batch, head, start_m, start_n, i, j, rows, source.length, CHECK
         ).to(tl.float32)
     if RESTRICTED:
         logits = tl.where(allowed, logits, float("-inf"))
@@ -294,3 +331,16 @@ def probabilities(logits, lse):
 def finite_lse(lse):
     """lse with -inf (fully masked rows) turned to +inf, so that their probabilities are 0."""
     return tl.where(lse == float("-inf"), float("inf"), lse)
+
+
+@triton.jit
+def tangent_logits(
+    products, source, batch, head, start_m, start_n, i, j, rows, CHECK: tl.constexpr
+):
+    """Tangent of the logits: scale * products + tangent of the bias."""
+    tangent = products * source.scale
+    if source.bias_tangent is not None:
+        tangent += load_pairs(
+            source.bias_tangent, batch, head, start_m, start_n, i, j, rows, source.length, CHECK
+        ).to(tl.float32)
+    return tangent

@@ -17,6 +17,7 @@ from ._attention_plan import (
     check_head_dims,
     check_pairs,
     choose,
+    differs_per_row,
     is_wide,
     matrix_precision,
     operand,
@@ -100,7 +101,9 @@ def _absorb(
     if not source.fold:
         scores = scores * factor
         if source.bias is not None:
-            bias = load_pairs(source.bias, batch, head, start_m, start_n, i, j, rows, source.length)
+            bias = load_pairs(
+                source.bias, batch, head, start_m, start_n, i, j, rows, source.length, CHECK
+            )
             scores += bias.to(tl.float32) * LOG2E
     if RESTRICTED:
         scores = tl.where(allowed, scores, float("-inf"))
@@ -164,7 +167,7 @@ def _walk(
         i = i.to(tl.int64)
         j = j.to(tl.int64)
     for start_n in range(first, last, BLOCK_N):
-        allowed = permitted(source, batch, head, start_m, start_n, i, j, rows, CHECK)
+        allowed = permitted(source, batch, head, start_m, start_n, i, j, rows, CHECK, CHECK)
         if source.mask is not None:
             if any_pair(allowed):
                 acc, top, norm = _absorb(
@@ -371,7 +374,8 @@ def forward_kernel(
         )
         if sources[s].ends:
             # Fully masked rows have norm 0 and acc 0: they give 0, and lse -inf below.
-            acc = acc / tl.where(norm == 0.0, 1.0, norm)[:, None]
+            safe = tl.where(norm == 0.0, 1.0, norm)
+            acc = acc / safe[:, None]
             if sources[s].gate is not None:
                 gate = load_rows(sources[s].gate, batch, head, start_m, rows, BLOCK_M, WIDE)[
                     :, None
@@ -380,7 +384,7 @@ def forward_kernel(
             else:
                 acc = acc * sources[s].gate_constant
             if lse is not None:
-                result = tl.where(norm == 0.0, float("-inf"), (top + tl.math.log2(norm)) * LN2)
+                result = tl.where(norm == 0.0, float("-inf"), top * LN2 + tl.math.log2(safe) * LN2)
                 store_rows(lse, result, batch, head, start_m, rows, BLOCK_M, WIDE)
             if GROUPED:
                 total += acc
@@ -393,8 +397,9 @@ def forward_kernel(
             acc = total
         store_tile(out, acc, batch, head, start_m, rows, BLOCK_M, BLOCK_DV, DV, WIDE)
     else:
-        acc = acc / tl.where(norm == 0.0, 1.0, norm)[:, None]
-        state = tl.where(norm == 0.0, float("-inf"), (top + tl.math.log2(norm)) * LN2)
+        safe = tl.where(norm == 0.0, 1.0, norm)
+        acc = acc / safe[:, None]
+        state = tl.where(norm == 0.0, float("-inf"), top * LN2 + tl.math.log2(safe) * LN2)
         store_tile(carry.out, acc, batch, head, start_m, rows, BLOCK_M, BLOCK_DV, DV, WIDE)
         store_rows(carry.lse, state, batch, head, start_m, rows, BLOCK_M, WIDE)
         if GROUPED:
@@ -449,7 +454,14 @@ def plan_fused(
     ]
 
     longest = max(keys[s].shape[2] for s in order)
-    config = choose("forward", query.dtype, max(width, value_width), rows, longest)
+    config = choose(
+        "forward",
+        query.dtype,
+        max(width, value_width),
+        rows,
+        longest,
+        differs_per_row(biases, masks),
+    )
     blend = None
     if query_other is not None and (isinstance(query_weight, torch.Tensor) or query_weight != 0):
         blend = blend_record(query_other, query_weight, query_index)

@@ -1,0 +1,264 @@
+"""Compile every attention kernel ahead of time, without a GPU.
+
+``python -m transfuse.triton_kernels.compile_check [--only TEXT] [--jobs N]`` plans
+representative calls on meta tensors, compiles exactly the launches they would make for sm_80 and
+sm_90, and prints registers, spills and shared memory of each. It exits with 1 if a kernel does not
+compile, needs more shared memory than its architecture has, or (hot forward kernels) spills.
+
+Registers and spills are read from the binary by the cuobjdump inside the Triton wheel; where that
+is missing they are shown as ``-`` and not checked. Nothing here says how fast a kernel is.
+"""
+
+import argparse
+import concurrent.futures
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ._attention_plan import Launch
+from ._triton import triton
+from .attention_backward import Tangents, plan_gradients
+from .attention_forward import plan_forward, plan_fused
+from .attention_jvp import plan_jvp
+
+# Shared memory one block may use, in bytes.
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+
+
+class Case(NamedTuple):
+    """One planned call; ``hot`` kernels must not spill."""
+
+    name: str
+    plan: Callable[[], list[Launch]]
+    hot: bool = False
+
+
+class Result(NamedTuple):
+    """One compiled kernel. Registers and spill (bytes per thread) are None if unknown."""
+
+    case: str
+    kernel: str
+    arch: int
+    tile: str
+    warps: int
+    registers: int | None
+    spill: int | None
+    shared: int
+    seconds: float
+    error: str
+
+
+def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+class _Call(NamedTuple):
+    """Meta arguments of the core: 2 x 8 heads, 1000 queries, sources of the given lengths."""
+
+    dtype: torch.dtype
+    width: int
+    lengths: tuple[int, ...] = (1000,)
+    bias: str = ""
+    mask: str = ""
+    causal: int = 0
+
+    def pair(self, kind: str, length: int, dtype: torch.dtype) -> torch.Tensor | None:
+        if not kind:
+            return None
+        shape = (1, 1, 1, length) if kind == "key" else (2, 1, 1000, length)
+        return _meta(*shape, dtype=dtype).expand(2, 8, 1000, length)
+
+    def arguments(self) -> tuple:
+        query = _meta(2, 8, 1000, self.width, dtype=self.dtype)
+        keys = [_meta(2, 8, length, self.width, dtype=self.dtype) for length in self.lengths]
+        count = len(keys)
+        biases = [self.pair(self.bias, length, self.dtype) for length in self.lengths]
+        masks = [self.pair(self.mask, length, torch.bool) for length in self.lengths]
+        scales = [self.width**-0.5] * count
+        return query, keys, keys, biases, masks, [None] * count, scales, [self.causal] * count
+
+    def forward(self) -> list[Launch]:
+        return plan_forward(*self.arguments())[1]
+
+    def fused(self) -> list[Launch]:
+        query, keys, *rest = self.arguments()
+        rows = _meta(2, 1, 1000, dtype=torch.float32).expand(2, 8, 1000)
+        index = _meta(2, dtype=torch.int64)
+        count = len(keys)
+        weights = [_meta(2, 8, length, dtype=torch.float32) for length in self.lengths]
+        rest[-3] = [index] * count
+        return plan_fused(
+            query,
+            query,
+            rows,
+            index,
+            keys,
+            rest[0],
+            keys,
+            weights,
+            [index] * count,
+            *rest[1:],
+            list(range(count)),
+            [rows] * count,
+        )[1]
+
+    def jvp(self) -> list[Launch]:
+        arguments = self.arguments()
+        query, keys, values, biases, *_ = arguments
+        lse = _meta(2, 8, 1000, dtype=torch.float32)
+        return plan_jvp(*arguments, query, lse, query, keys, values, biases)[1]
+
+    def backward(self, second: bool = False) -> list[Launch]:
+        arguments = self.arguments()
+        query, keys, values, biases, *_ = arguments
+        lse = _meta(2, 8, 1000, dtype=torch.float32)
+        tangents = Tangents(query, keys, values, biases, query, lse) if second else None
+        flags = [bool(self.bias)] * len(keys)
+        return plan_gradients(query, lse, *arguments, query, lse, flags, tangents)[1]
+
+    def jvp_backward(self) -> list[Launch]:
+        return self.backward(second=True)
+
+
+def cases() -> list[Case]:
+    """The compact set that is compiled."""
+    single, half, brain = torch.float32, torch.float16, torch.bfloat16
+    return [
+        Case("forward bf16 D=64", _Call(brain, 64).forward, hot=True),
+        Case("forward bf16 D=128", _Call(brain, 128).forward, hot=True),
+        Case("forward bf16 D=64 causal", _Call(brain, 64, causal=1).forward, hot=True),
+        Case("forward bf16 D=64 mask", _Call(brain, 64, mask="full").forward),
+        Case("forward bf16 D=128 bias", _Call(brain, 128, bias="full").forward),
+        Case("forward fp16 D=40 3 sources", _Call(half, 40, (1024, 77, 4), bias="key").forward),
+        Case("forward fp32 D=64", _Call(single, 64).forward),
+        Case("forward bf16 D=256", _Call(brain, 256).forward),
+        Case("fused bf16 D=64 2 groups", _Call(brain, 64, (77, 16)).fused),
+        Case("backward bf16 D=64", _Call(brain, 64).backward),
+        Case("backward bf16 D=128", _Call(brain, 128).backward),
+        Case("backward fp16 D=40 all", _Call(half, 40, (1000,), "key", "full", 2).backward),
+        Case("backward fp32 D=64", _Call(single, 64).backward),
+        Case("jvp bf16 D=64", _Call(brain, 64).jvp),
+        Case("jvp bf16 D=128", _Call(brain, 128).jvp),
+        Case("jvp fp32 D=64", _Call(single, 64).jvp),
+        Case("jvp_backward bf16 D=64", _Call(brain, 64).jvp_backward),
+        Case("jvp_backward bf16 D=128", _Call(brain, 128).jvp_backward),
+        Case("jvp_backward fp32 D=40 all", _Call(single, 40, (100,), "full", "key").jvp_backward),
+    ]
+
+
+def compile_launch(launch: Launch, arch: int):
+    """Compile what ``launch`` would run on ``arch``, with Triton's own specialisation of it."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    target = GPUTarget("cuda", arch, 32)
+    backend = make_backend(target)
+    kernel = launch.kernel
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, given = bind(**launch.arguments, **launch.options)
+    options, signature, constants, attributes = kernel._pack_args(
+        backend, given, bound, specialization, given
+    )
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options=options.__dict__)
+
+
+def resource_usage(cubin: bytes) -> tuple[int | None, int | None]:
+    """(registers, stack bytes) per thread; these kernels have no stack but spilled registers."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not tool.is_file():
+        return None, None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        text = subprocess.run(
+            [str(tool), "-res-usage", str(path)], capture_output=True, text=True, check=False
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    return (None, None) if found is None else (int(found.group(1)), int(found.group(2)))
+
+
+def check(name: str, position: int, arch: int) -> Result:
+    """Compile launch ``position`` of the case ``name``."""
+    case = next(case for case in cases() if case.name == name)
+    launch = case.plan()[position]
+    tile = f"{launch.arguments['BLOCK_M']}x{launch.arguments['BLOCK_N']}"
+    identity = (name, launch.kernel.__name__, arch, tile, launch.options["num_warps"])
+    start = time.perf_counter()
+    try:
+        compiled = compile_launch(launch, arch)
+    except Exception as error:  # any failure of the compiler is a finding, not a crash
+        lines = (str(error).strip() or repr(error)).splitlines()
+        return Result(*identity, None, None, 0, time.perf_counter() - start, lines[-1])
+    registers, spill = resource_usage(compiled.asm["cubin"])
+    seconds = time.perf_counter() - start
+    shared = compiled.metadata.shared
+    return Result(
+        *identity, registers, spill, shared, seconds, verdict(arch, shared, spill, case.hot)
+    )
+
+
+def verdict(arch: int, shared: int, spill: int | None, hot: bool) -> str:
+    """What is wrong with a compiled kernel; empty if nothing is."""
+    if shared > SHARED_LIMIT[arch]:
+        return f"shared memory {shared} > {SHARED_LIMIT[arch]}"
+    if hot and spill is not None and spill > 0:
+        return f"spills {spill} bytes"
+    return ""
+
+
+def work(only: str) -> Iterator[tuple[str, int, int]]:
+    """(case, launch, architecture) of everything whose label contains ``only``."""
+    for case in cases():
+        for position in range(len(case.plan())):
+            for arch in SHARED_LIMIT:
+                if only in f"{case.name} sm_{arch}":
+                    yield case.name, position, arch
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Compile, print the table, return the exit status."""
+    parser = argparse.ArgumentParser(description="Compile the Triton kernels without a GPU.")
+    parser.add_argument("--only", default="", help="only cases whose 'name sm_NN' contains this")
+    parser.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
+    given = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET", "0") != "0":
+        print("compile_check: unset TRITON_INTERPRET first", file=sys.stderr)
+        return 2
+    tasks = list(work(given.only))
+    if not tasks:
+        print(f"compile_check: no case contains {given.only!r}", file=sys.stderr)
+        return 2
+    print(
+        f"{'case':32}{'kernel':16}{'arch':6}{'tile':9}{'warps':>6}{'regs':>6}{'spill':>7}"
+        f"{'shared':>9}{'s':>7}"
+    )
+    failures = 0
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(given.jobs, mp_context=context) as pool:
+        for result in pool.map(check, *zip(*tasks, strict=True)):
+            registers = "-" if result.registers is None else result.registers
+            spill = "-" if result.spill is None else result.spill
+            failures += bool(result.error)
+            print(
+                f"{result.case:32}{result.kernel:16}{result.arch:<6}{result.tile:9}"
+                f"{result.warps:>6}{registers:>6}{spill:>7}{result.shared:>9}"
+                f"{result.seconds:>7.1f}{'  FAILED: ' + result.error if result.error else ''}",
+                flush=True,
+            )
+    print(f"{len(tasks)} kernels, {failures} failed")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
