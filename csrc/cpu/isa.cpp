@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#include "transfuse/adain.h"
 #include "transfuse/attention.h"
 
 namespace transfuse {
@@ -81,6 +82,7 @@ Isa isa_in_use() {
   return isa;
 }
 
+TRANSFUSE_KERNEL_TABLE(AdainKernels, kAdain, adain_kernels)
 TRANSFUSE_KERNEL_TABLE(AttentionKernels, kAttention, attention_kernels)
 
 }  // namespace transfuse

@@ -1,5 +1,6 @@
 """The ops: fused kernels behind thin wrappers. Every public name is listed here."""
 
+from transfuse.ops.adain import adain
 from transfuse.ops.attention import (
     KV,
     AttendResult,
@@ -9,4 +10,12 @@ from transfuse.ops.attention import (
     merge_attention,
 )
 
-__all__ = ["KV", "AttendResult", "Blend", "attend", "attend_with_lse", "merge_attention"]
+__all__ = [
+    "KV",
+    "AttendResult",
+    "Blend",
+    "adain",
+    "attend",
+    "attend_with_lse",
+    "merge_attention",
+]

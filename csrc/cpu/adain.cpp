@@ -1,0 +1,731 @@
+// adain on the CPU, at one ISA level: moments of the planes, then one pass of writing (see adain.h for the algebra).
+//
+// A *slab* is what one task works on: one plane, read along the reduced axes, or, where the fastest axis of memory is
+// one that remains (channels_last), up to 1024 neighbouring planes at once, read row by row. Long slabs are cut in
+// segments, at places that depend on the shape alone, so that results do not depend on the number of threads.
+// Short slabs are written while they are hot in the cache; long ones in groups that fit the last level.
+//
+// Moments are two passes over a chunk that stays in the first-level cache: means about its first element, then
+// centred products, corrected for the rounding of the mean. Chunks are merged in double. So a large mean or an outlier
+// costs no digits, and a constant plane has a deviation of exactly 0.
+#include "transfuse/adain.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "transfuse/vec.h"
+
+namespace transfuse {
+namespace TRANSFUSE_ISA {
+namespace {
+
+constexpr int64_t kChunk = 2048;           // elements of a plane per chunk
+constexpr int64_t kRows = 16;              // rows of a multi-plane slab per chunk
+constexpr int64_t kMaxWidth = 1024;        // planes of a slab
+constexpr int64_t kMinWidth = 8;           // fewer neighbouring planes are gathered one by one
+constexpr int64_t kSegment = 65536;        // elements of a slab per segment
+constexpr int64_t kGroup = 8 << 20;        // bytes of input between its two passes
+constexpr int64_t kTask = 16384;           // elements below which slabs share a task
+constexpr int64_t kSerial = 32768;         // elements below which waking other threads does not pay
+constexpr int64_t kStreaming = 4 << 20;    // bytes of output above which it bypasses the cache
+
+struct Axis {
+  int64_t size, stride;
+};
+
+struct Operand {
+  char* ptr = nullptr;
+  int64_t kept_stride[kAdainMaxRank];
+  int64_t column_stride = 0;
+  Axis axes[kAdainMaxRank];  // reduced, slowest first, merged where they are one
+  int axis_count = 0;
+};
+
+// Content or style tensors: the same planes, each with strides of its own.
+struct Group {
+  DType dtype;
+  int inputs = 0;
+  Operand in[3], out;
+  int kept_count = 0;
+  int64_t kept_size[kAdainMaxRank], index_step[kAdainMaxRank], style_step[kAdainMaxRank];
+  int64_t columns = 1, column_index_step = 0, column_style_step = 0;
+  int64_t width = 1, blocks = 1;  // planes per slab, slabs per row of columns
+  int64_t planes = 1, slabs = 1, rows = 1;
+  int64_t segment = 0, segments = 1;  // rows per segment
+  bool stream = false;
+};
+
+struct Slab {
+  int64_t index, style, width;  // first plane, its style plane, number of planes
+  int64_t in[3], out;           // element offsets
+};
+
+// An array of one element without a heap, or of a slab's width.
+template <class X>
+class PerPlane {
+ public:
+  explicit PerPlane(int64_t width) : many_(width > 1 ? (size_t)width : 0), at_(width > 1 ? many_.data() : &one_) {}
+  PerPlane(const PerPlane&) = delete;
+  operator X*() { return at_; }
+
+ private:
+  X one_;
+  std::vector<X> many_;
+  X* at_;
+};
+
+int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+Operand describe_operand(const AdainTensor& t, const int* kept, int kept_count, int column, const int* order,
+                         int reduced_count, const int64_t* size) {
+  Operand o;
+  o.ptr = static_cast<char*>(t.ptr);
+  for (int i = 0; i < kept_count; ++i) o.kept_stride[i] = t.stride[kept[i]];
+  if (column >= 0) o.column_stride = t.stride[column];
+  for (int i = 0; i < reduced_count; ++i) {
+    const Axis a{size[order[i]], t.stride[order[i]]};
+    if (a.size == 1) continue;
+    Axis* last = o.axis_count > 0 ? &o.axes[o.axis_count - 1] : nullptr;
+    if (last != nullptr && last->stride == a.stride * a.size) {
+      last->size *= a.size;
+      last->stride = a.stride;
+    } else {
+      o.axes[o.axis_count++] = a;
+    }
+  }
+  if (o.axis_count == 0) o.axes[o.axis_count++] = {1, 0};
+  return o;
+}
+
+Group describe(const AdainArgs& args, bool content, AdainDirection direction) {
+  const int64_t* size = content ? args.content_size : args.style_size;
+  const AdainTensor* in = content ? args.content : args.style;
+  const AdainTensor& out = content ? args.out : args.style_out;
+  Group g;
+  g.dtype = args.dtype;
+  g.inputs = content ? adain_content_inputs(direction) : adain_style_inputs(direction);
+  // Reduced axes in the order of memory of the first input, so that its planes are read forwards.
+  int order[kAdainMaxRank], reduced_count = 0;
+  for (int d = 0; d < args.rank; ++d) {
+    if (!args.reduced[d]) continue;
+    order[reduced_count++] = d;
+    g.rows *= size[d];
+  }
+  std::stable_sort(order, order + reduced_count,
+                   [&](int a, int b) { return in[0].stride[a] > in[0].stride[b]; });
+  int column = -1;
+  bool rows_contiguous = false;
+  for (int d = 0; d < args.rank; ++d) {
+    if (in[0].stride[d] != 1 || size[d] == 1) continue;
+    if (args.reduced[d])
+      rows_contiguous = true;
+    else if (size[d] >= kMinWidth)
+      column = d;
+  }
+  if (rows_contiguous) column = -1;
+  int kept[kAdainMaxRank];
+  int64_t index_step = 1, style_step = 1;
+  for (int d = args.rank - 1; d >= 0; --d) {
+    if (args.reduced[d]) continue;
+    const int64_t style = args.style_size[d] == 1 ? 0 : style_step;
+    if (d == column) {
+      g.columns = size[d];
+      g.column_index_step = index_step;
+      g.column_style_step = style;
+    } else if (size[d] != 1) {
+      kept[g.kept_count] = d;
+      g.kept_size[g.kept_count] = size[d];
+      g.index_step[g.kept_count] = index_step;
+      g.style_step[g.kept_count] = style;
+      ++g.kept_count;
+    }
+    index_step *= size[d];
+    style_step *= args.style_size[d];
+  }
+  g.planes = index_step;
+  for (int k = 0; k < g.inputs; ++k)
+    g.in[k] = describe_operand(in[k], kept, g.kept_count, column, order, reduced_count, size);
+  g.out = describe_operand(out, kept, g.kept_count, column, order, reduced_count, size);
+  if (column >= 0) {
+    g.blocks = (g.columns + kMaxWidth - 1) / kMaxWidth;
+    g.width = std::min(g.columns, round_up((g.columns + g.blocks - 1) / g.blocks, 64));
+    g.blocks = (g.columns + g.width - 1) / g.width;
+  }
+  g.slabs = g.planes / g.columns * g.blocks;
+  const int64_t unit = column >= 0 ? kRows : kChunk;
+  g.segment = std::max(unit, kSegment / g.width / unit * unit);
+  g.segments = (g.rows + g.segment - 1) / g.segment;
+  g.stream = g.planes * g.rows * item_size(g.dtype) >= kStreaming;
+  return g;
+}
+
+Slab slab_at(const Group& g, int64_t i) {
+  Slab s;
+  const int64_t block = i % g.blocks, first = block * g.width;
+  int64_t outer = i / g.blocks;
+  s.width = std::min(g.width, g.columns - first);
+  s.index = first * g.column_index_step;
+  s.style = first * g.column_style_step;
+  for (int k = 0; k < g.inputs; ++k) s.in[k] = first * g.in[k].column_stride;
+  s.out = first * g.out.column_stride;
+  for (int a = 0; a < g.kept_count; ++a) {  // fastest first
+    const int64_t at = outer % g.kept_size[a];
+    outer /= g.kept_size[a];
+    s.index += at * g.index_step[a];
+    s.style += at * g.style_step[a];
+    for (int k = 0; k < g.inputs; ++k) s.in[k] += at * g.in[k].kept_stride[a];
+    s.out += at * g.out.kept_stride[a];
+  }
+  return s;
+}
+
+// Element offset of row r; `run` becomes the number of rows that follow with the innermost stride.
+inline int64_t row_offset(const Operand& o, int64_t r, int64_t* run) {
+  const Axis& inner = o.axes[o.axis_count - 1];
+  if (o.axis_count == 1) {
+    *run = inner.size - r;
+    return r * inner.stride;
+  }
+  int64_t at = r % inner.size, rest = r / inner.size, offset = at * inner.stride;
+  *run = inner.size - at;
+  for (int a = o.axis_count - 2; a >= 0; --a) {
+    offset += rest % o.axes[a].size * o.axes[a].stride;
+    rest /= o.axes[a].size;
+  }
+  return offset;
+}
+
+template <class T>
+constexpr DType kDirect = sizeof(T) == 8 ? DType::f64 : DType::f32;
+
+// Rows [r, r + n) of a plane as contiguous numbers: in place where they are that already, else in `buffer`.
+template <class T>
+const T* fetch(const Group& g, const Operand& o, int64_t base, int64_t r, int64_t n, T* buffer) {
+  for (int64_t done = 0; done < n;) {
+    int64_t run;
+    const int64_t offset = base + row_offset(o, r + done, &run);
+    const int64_t take = std::min(run, n - done), stride = o.axes[o.axis_count - 1].stride;
+    if (take == n && stride == 1 && g.dtype == kDirect<T>) return reinterpret_cast<const T*>(o.ptr) + offset;
+    load_row(o.ptr, g.dtype, offset, stride, take, buffer + done);
+    done += take;
+  }
+  return buffer;
+}
+
+// ---- moments ---------------------------------------------------------------------------------------------------
+
+template <class T>
+TRANSFUSE_INLINE typename Simd<T>::V load_part(const T* p, int64_t n, T fill) {
+  typename Simd<T>::V v = splat<T>(fill);
+  std::memcpy(&v, p, (size_t)n * sizeof(T));
+  return v;
+}
+
+constexpr int pairs_of(int tensors) { return tensors == 1 ? 1 : tensors == 2 ? 2 : 4; }
+
+template <class T, int N>
+void chunk_moments(const T* const* p, int64_t n, AdainMoments* m) {
+  using V = typename Simd<T>::V;
+  constexpr int W = Simd<T>::W, U = N == 1 ? 4 : 2, P = pairs_of(N);
+  T centre[N];
+  for (int k = 0; k < N; ++k) {
+    const T pivot = p[k][0];
+    const V vp = splat<T>(pivot);
+    V sum[U];
+    for (int u = 0; u < U; ++u) sum[u] = V{};
+    int64_t i = 0;
+    for (; i + U * W <= n; i += U * W)
+      for (int u = 0; u < U; ++u) sum[u] += load<V>(p[k] + i + u * W) - vp;
+    for (; i + W <= n; i += W) sum[0] += load<V>(p[k] + i) - vp;
+    if (i < n) sum[U - 1] += load_part<T>(p[k] + i, n - i, pivot) - vp;
+    for (int u = 1; u < U; ++u) sum[0] += sum[u];
+    centre[k] = pivot + horizontal_sum<T>(sum[0]) / (T)n;
+  }
+  V rest[N][U], second[P][U];
+  for (int u = 0; u < U; ++u) {
+    for (int k = 0; k < N; ++k) rest[k][u] = V{};
+    for (int q = 0; q < P; ++q) second[q][u] = V{};
+  }
+  const auto add = [&](int u, const V* d) {
+    for (int k = 0; k < N; ++k) rest[k][u] += d[k];
+    second[0][u] += d[0] * d[0];
+    if constexpr (N > 1) second[1][u] += d[0] * d[1];
+    if constexpr (N > 2) {
+      second[2][u] += d[0] * d[2];
+      second[3][u] += d[1] * d[2];
+    }
+  };
+  int64_t i = 0;
+  for (; i + U * W <= n; i += U * W)
+    for (int u = 0; u < U; ++u) {
+      V d[N];
+      for (int k = 0; k < N; ++k) d[k] = load<V>(p[k] + i + u * W) - splat<T>(centre[k]);
+      add(u, d);
+    }
+  for (; i < n; i += W) {
+    V d[N];
+    for (int k = 0; k < N; ++k)
+      d[k] = (i + W <= n ? load<V>(p[k] + i) : load_part<T>(p[k] + i, n - i, centre[k])) - splat<T>(centre[k]);
+    add(0, d);
+  }
+  const auto fold = [](V* v) {
+    for (int u = 1; u < U; ++u) v[0] += v[u];
+    return (double)horizontal_sum<T>(v[0]);
+  };
+  const double count = (double)n;
+  double rests[3] = {0.0, 0.0, 0.0};
+  for (int k = 0; k < N; ++k) {
+    rests[k] = fold(rest[k]);
+    m->mean[k] = (double)centre[k] + rests[k] / count;
+  }
+  m->count = count;
+  m->second[0] = std::max(fold(second[0]) - rests[0] * rests[0] / count, 0.0);  // in this order NaN stays
+  if constexpr (N > 1) m->second[1] = fold(second[1]) - rests[0] * rests[1] / count;
+  if constexpr (N > 2) {
+    m->second[2] = fold(second[2]) - rests[0] * rests[2] / count;
+    m->second[3] = fold(second[3]) - rests[1] * rests[2] / count;
+  }
+}
+
+template <class T, int N>
+void plane_moments(const Group& g, const Slab& s, int64_t begin, int64_t end, AdainMoments* m) {
+  T* buffer = static_cast<T*>(thread_scratch(sizeof(T) * N * kChunk));
+  *m = AdainMoments{};
+  for (int64_t r = begin; r < end; r += kChunk) {
+    const int64_t n = std::min(kChunk, end - r);
+    const T* p[N];
+    for (int k = 0; k < N; ++k) p[k] = fetch(g, g.in[k], s.in[k], r, n, buffer + k * kChunk);
+    AdainMoments part;
+    chunk_moments<T, N>(p, n, &part);
+    adain_merge(N, part, m);
+  }
+}
+
+// Running moments of neighbouring planes, one array per moment.
+template <int N>
+struct Running {
+  double* mean[N];
+  double* second[pairs_of(N)];
+};
+
+// One vector of planes over up to kRows rows, merged into the running moments of `count` rows before them.
+template <class T, int N, bool Part>
+TRANSFUSE_INLINE void column_moments(const T* const (*p)[kRows], int64_t rows, int64_t at, int64_t lanes, double count,
+                                     const Running<N>& m) {
+  using V = typename Simd<T>::V;
+  constexpr int W = Simd<T>::W, P = pairs_of(N);
+  const auto read = [&](int k, int64_t r) {
+    if constexpr (Part) return load_part<T>(p[k][r] + at, lanes, T(0));
+    return load<V>(p[k][r] + at);
+  };
+  V centre[N], rest[N], second[P];
+  for (int k = 0; k < N; ++k) {
+    const V pivot = read(k, 0);
+    V sum = V{};
+    for (int64_t r = 1; r < rows; ++r) sum += read(k, r) - pivot;
+    centre[k] = pivot + sum * splat<T>(T(1) / (T)rows);
+    rest[k] = V{};
+  }
+  for (int q = 0; q < P; ++q) second[q] = V{};
+  for (int64_t r = 0; r < rows; ++r) {
+    V d[N];
+    for (int k = 0; k < N; ++k) {
+      d[k] = read(k, r) - centre[k];
+      rest[k] += d[k];
+    }
+    second[0] += d[0] * d[0];
+    if constexpr (N > 1) second[1] += d[0] * d[1];
+    if constexpr (N > 2) {
+      second[2] += d[0] * d[2];
+      second[3] += d[1] * d[2];
+    }
+  }
+  T centres[N][W], rests[N][W], seconds[P][W];
+  for (int k = 0; k < N; ++k) {
+    store(centres[k], centre[k]);
+    store(rests[k], rest[k]);
+  }
+  for (int q = 0; q < P; ++q) store(seconds[q], second[q]);
+  const double n = (double)rows, inverse = 1.0 / n, part = n / (count + n), cross = count * part;
+  const int64_t live = Part ? lanes : W;
+  for (int64_t i = 0; i < live; ++i) {
+    double e[N], gap[N];
+    for (int k = 0; k < N; ++k) {
+      e[k] = (double)rests[k][i];
+      double& mean = m.mean[k][at + i];
+      gap[k] = (double)centres[k][i] + e[k] * inverse - mean;
+      mean += gap[k] * part;
+    }
+    m.second[0][at + i] += (double)seconds[0][i] - e[0] * e[0] * inverse + gap[0] * gap[0] * cross;
+    if constexpr (N > 1)
+      m.second[1][at + i] += (double)seconds[1][i] - e[0] * e[1] * inverse + gap[0] * gap[1] * cross;
+    if constexpr (N > 2) {
+      m.second[2][at + i] += (double)seconds[2][i] - e[0] * e[2] * inverse + gap[0] * gap[2] * cross;
+      m.second[3][at + i] += (double)seconds[3][i] - e[1] * e[2] * inverse + gap[1] * gap[2] * cross;
+    }
+  }
+}
+
+// Row r of a multi-plane slab as contiguous numbers.
+template <class T>
+const T* fetch_columns(const Group& g, const Operand& o, int64_t base, int64_t width, int64_t r, T* buffer) {
+  int64_t run;
+  const int64_t offset = base + row_offset(o, r, &run);
+  if (o.column_stride == 1 && g.dtype == kDirect<T>) return reinterpret_cast<const T*>(o.ptr) + offset;
+  load_row(o.ptr, g.dtype, offset, o.column_stride, width, buffer);
+  return buffer;
+}
+
+template <class T, int N>
+void slab_moments(const Group& g, const Slab& s, int64_t begin, int64_t end, AdainMoments* out) {
+  if (g.columns == 1) {
+    plane_moments<T, N>(g, s, begin, end, out);
+    return;
+  }
+  constexpr int W = Simd<T>::W, P = pairs_of(N);
+  const int64_t width = s.width, pitch = round_up(width, 16);
+  const size_t running = sizeof(double) * (N + P) * (size_t)pitch;
+  double* memory = static_cast<double*>(thread_scratch(running + sizeof(T) * N * kRows * (size_t)pitch));
+  T* buffer = reinterpret_cast<T*>(memory + (N + P) * pitch);
+  std::memset(memory, 0, running);
+  Running<N> m;
+  for (int k = 0; k < N; ++k) m.mean[k] = memory + k * pitch;
+  for (int q = 0; q < P; ++q) m.second[q] = memory + (N + q) * pitch;
+  for (int64_t r = begin; r < end; r += kRows) {
+    const int64_t rows = std::min(kRows, end - r);
+    const T* p[N][kRows];
+    for (int k = 0; k < N; ++k)
+      for (int64_t i = 0; i < rows; ++i)
+        p[k][i] = fetch_columns(g, g.in[k], s.in[k], width, r + i, buffer + (k * kRows + i) * pitch);
+    const double count = (double)(r - begin);
+    int64_t at = 0;
+    for (; at + W <= width; at += W) column_moments<T, N, false>(p, rows, at, W, count, m);
+    if (at < width) column_moments<T, N, true>(p, rows, at, width - at, count, m);
+  }
+  for (int64_t c = 0; c < width; ++c) {
+    out[c].count = (double)(end - begin);
+    for (int k = 0; k < N; ++k) out[c].mean[k] = m.mean[k][c];
+    for (int q = 0; q < P; ++q) out[c].second[q] = m.second[q][c];
+    out[c].second[0] = std::max(out[c].second[0], 0.0);
+  }
+}
+
+// ---- writing ---------------------------------------------------------------------------------------------------
+
+// A vector store past the cache where there is one; `p` is aligned to the vector.
+template <class V, class T>
+TRANSFUSE_INLINE void store_past_cache(T* p, V v) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512((__m512i*)p, (__m512i)v);
+#elif defined(__AVX2__)
+  _mm256_stream_si256((__m256i*)p, (__m256i)v);
+#else
+  store(p, v);
+#endif
+}
+
+TRANSFUSE_INLINE void finish_streaming() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
+// What writing needs of one plane: result = sum_k factor_k (t_k - centre_k) + offset, in the arithmetic type.
+template <class T, int N>
+struct Line {
+  T factor[N], centre[N], offset;
+  void set(const AdainCoefficients& c, const AdainMoments& m) {
+    double exact = c.offset;
+    for (int k = 0; k < N; ++k) {
+      factor[k] = (T)c.factor[k];
+      centre[k] = (T)m.mean[k];
+      // What the rounding of the mean takes away is given back here.
+      exact -= c.factor[k] * (m.mean[k] - (double)centre[k]);
+    }
+    offset = (T)exact;
+  }
+};
+
+template <class T, int N>
+void write_plane_chunk(const T* const* p, int64_t n, const Line<T, N>& line, T* dst, bool stream) {
+  using V = typename Simd<T>::V;
+  constexpr int W = Simd<T>::W;
+  const auto value = [&](int64_t i) {
+    T v = line.offset;
+    for (int k = 0; k < N; ++k) v += line.factor[k] * (p[k][i] - line.centre[k]);
+    return v;
+  };
+  const auto vector = [&](int64_t i) {
+    V v = splat<T>(line.offset);
+    for (int k = 0; k < N; ++k) v += splat<T>(line.factor[k]) * (load<V>(p[k] + i) - splat<T>(line.centre[k]));
+    return v;
+  };
+  int64_t i = 0;
+  if (stream) {
+    for (; i < n && reinterpret_cast<uintptr_t>(dst + i) % sizeof(V) != 0; ++i) dst[i] = value(i);
+    for (; i + W <= n; i += W) store_past_cache(dst + i, vector(i));
+  }
+  for (; i + W <= n; i += W) store(dst + i, vector(i));
+  for (; i < n; ++i) dst[i] = value(i);
+}
+
+template <class T, int N>
+void write_plane(const Group& g, const Slab& s, int64_t begin, int64_t end, const AdainCoefficients& c,
+                 const AdainMoments& m) {
+  T* buffer = static_cast<T*>(thread_scratch(sizeof(T) * (N + 1) * kChunk));
+  Line<T, N> line;
+  line.set(c, m);
+  const int64_t out_stride = g.out.axes[g.out.axis_count - 1].stride;
+  const bool direct = g.dtype == kDirect<T> && out_stride == 1;
+  for (int64_t r = begin; r < end;) {
+    int64_t run;
+    const int64_t offset = s.out + row_offset(g.out, r, &run);
+    const int64_t n = std::min(std::min(kChunk, end - r), run);
+    const T* p[N];
+    for (int k = 0; k < N; ++k) p[k] = fetch(g, g.in[k], s.in[k], r, n, buffer + k * kChunk);
+    if (direct) {
+      write_plane_chunk<T, N>(p, n, line, reinterpret_cast<T*>(g.out.ptr) + offset, g.stream);
+    } else {
+      T* row = buffer + N * kChunk;
+      write_plane_chunk<T, N>(p, n, line, row, false);
+      store_row(g.out.ptr, g.dtype, offset, out_stride, n, row);
+    }
+    r += n;
+  }
+}
+
+template <class T, int N>
+void write_row(const T* const* p, int64_t n, const T* const* factor, const T* const* centre, const T* offset, T* dst,
+               bool stream) {
+  using V = typename Simd<T>::V;
+  constexpr int W = Simd<T>::W;
+  const auto value = [&](int64_t i) {
+    T v = offset[i];
+    for (int k = 0; k < N; ++k) v += factor[k][i] * (p[k][i] - centre[k][i]);
+    return v;
+  };
+  const auto vector = [&](int64_t i) {
+    V v = load<V>(offset + i);
+    for (int k = 0; k < N; ++k) v += load<V>(factor[k] + i) * (load<V>(p[k] + i) - load<V>(centre[k] + i));
+    return v;
+  };
+  int64_t i = 0;
+  if (stream) {
+    for (; i < n && reinterpret_cast<uintptr_t>(dst + i) % sizeof(V) != 0; ++i) dst[i] = value(i);
+    for (; i + W <= n; i += W) store_past_cache(dst + i, vector(i));
+  }
+  for (; i + W <= n; i += W) store(dst + i, vector(i));
+  for (; i < n; ++i) dst[i] = value(i);
+}
+
+template <class T, int N>
+void slab_write(const Group& g, const Slab& s, int64_t begin, int64_t end, const AdainCoefficients* c,
+                const AdainMoments* m) {
+  if (g.columns == 1) {
+    write_plane<T, N>(g, s, begin, end, c[0], m[0]);
+    if (g.stream) finish_streaming();
+    return;
+  }
+  const int64_t width = s.width, pitch = round_up(width, 16);
+  T* memory = static_cast<T*>(thread_scratch(sizeof(T) * (3 * N + 2) * (size_t)pitch));
+  T *factor[N], *centre[N], *rows[N];
+  for (int k = 0; k < N; ++k) {
+    factor[k] = memory + (3 * k) * pitch;
+    centre[k] = memory + (3 * k + 1) * pitch;
+    rows[k] = memory + (3 * k + 2) * pitch;
+  }
+  T* offset = memory + 3 * N * pitch;
+  T* result = offset + pitch;
+  for (int64_t i = 0; i < width; ++i) {
+    Line<T, N> line;
+    line.set(c[i], m[i]);
+    offset[i] = line.offset;
+    for (int k = 0; k < N; ++k) {
+      factor[k][i] = line.factor[k];
+      centre[k][i] = line.centre[k];
+    }
+  }
+  const bool direct = g.dtype == kDirect<T> && g.out.column_stride == 1;
+  for (int64_t r = begin; r < end; ++r) {
+    const T* p[N];
+    for (int k = 0; k < N; ++k) p[k] = fetch_columns(g, g.in[k], s.in[k], width, r, rows[k]);
+    int64_t run;
+    const int64_t at = s.out + row_offset(g.out, r, &run);
+    T* dst = direct ? reinterpret_cast<T*>(g.out.ptr) + at : result;
+    write_row<T, N>(p, width, factor, centre, offset, dst, direct && g.stream);
+    if (!direct) store_row(g.out.ptr, g.dtype, at, g.out.column_stride, width, result);
+  }
+  if (direct && g.stream) finish_streaming();
+}
+
+// ---- schedule --------------------------------------------------------------------------------------------------
+
+struct Run {
+  const AdainArgs& args;
+  AdainDirection direction;
+  const Parallel& parallel;
+};
+
+template <class F>
+void each(const Run& run, const Group& g, int64_t count, int64_t elements, const F& body) {
+  const int64_t grain = std::max<int64_t>(1, kTask / std::max<int64_t>(1, elements));
+  const Parallel serial = serial_parallel();
+  const bool small = g.planes * g.rows * g.inputs < kSerial;
+  for_each_task(small ? serial : run.parallel, (count + grain - 1) / grain, [&](int64_t task) {
+    const int64_t end = std::min(count, (task + 1) * grain);
+    for (int64_t i = task * grain; i < end; ++i) body(i);
+  });
+}
+
+// Moments of all planes, by index.
+template <class T, int N>
+void all_moments(const Run& run, const Group& g, AdainMoments* out) {
+  if (g.segments == 1) {
+    each(run, g, g.slabs, g.width * g.rows, [&](int64_t i) {
+      const Slab s = slab_at(g, i);
+      PerPlane<AdainMoments> m(s.width);
+      slab_moments<T, N>(g, s, 0, g.rows, m);
+      for (int64_t c = 0; c < s.width; ++c) out[s.index + c * g.column_index_step] = m[c];
+    });
+    return;
+  }
+  std::vector<AdainMoments> parts((size_t)(g.slabs * g.segments * g.width));
+  each(run, g, g.slabs * g.segments, g.width * g.segment, [&](int64_t i) {
+    const int64_t begin = i % g.segments * g.segment;
+    slab_moments<T, N>(g, slab_at(g, i / g.segments), begin, std::min(g.rows, begin + g.segment), &parts[i * g.width]);
+  });
+  each(run, g, g.slabs, g.width * g.segments, [&](int64_t i) {
+    const Slab s = slab_at(g, i);
+    for (int64_t c = 0; c < s.width; ++c) {
+      AdainMoments m;
+      for (int64_t part = 0; part < g.segments; ++part)
+        adain_merge(N, parts[(i * g.segments + part) * g.width + c], &m);
+      out[s.index + c * g.column_index_step] = m;
+    }
+  });
+}
+
+// Content: moments, then the result. `shares`, if wanted, gets one entry per plane.
+template <class T, int N>
+void content_pass(const Run& run, const Group& g, const AdainMoments* style, AdainShare* shares) {
+  const auto rule = [&](const Slab& s, const AdainMoments* m, AdainCoefficients* c) {
+    for (int64_t i = 0; i < s.width; ++i) {
+      c[i] = AdainCoefficients{};
+      AdainShare share;
+      adain_content_rule(run.direction, run.args.eps, m[i], style[s.style + i * g.column_style_step], &c[i], &share);
+      if (shares != nullptr) shares[s.index + i * g.column_index_step] = share;
+    }
+  };
+  const bool write = g.out.ptr != nullptr;
+  if (g.segments == 1) {
+    each(run, g, g.slabs, g.width * g.rows, [&](int64_t i) {
+      const Slab s = slab_at(g, i);
+      PerPlane<AdainMoments> m(s.width);
+      PerPlane<AdainCoefficients> c(s.width);
+      slab_moments<T, N>(g, s, 0, g.rows, m);
+      rule(s, m, c);
+      if (write) slab_write<T, N>(g, s, 0, g.rows, c, m);
+    });
+    return;
+  }
+  // A few slabs at a time, so that their second reading comes from the last-level cache.
+  const int64_t bytes = g.width * g.rows * item_size(g.dtype) * N;
+  const int64_t group = std::min(g.slabs, std::max<int64_t>(1, kGroup / bytes));
+  std::vector<AdainMoments> parts((size_t)(group * g.segments * g.width)), moments((size_t)(group * g.width));
+  std::vector<AdainCoefficients> coefficients((size_t)(group * g.width));
+  for (int64_t first = 0; first < g.slabs; first += group) {
+    const int64_t count = std::min(group, g.slabs - first);
+    each(run, g, count * g.segments, g.width * g.segment, [&](int64_t i) {
+      const int64_t begin = i % g.segments * g.segment;
+      slab_moments<T, N>(g, slab_at(g, first + i / g.segments), begin, std::min(g.rows, begin + g.segment),
+                         &parts[i * g.width]);
+    });
+    each(run, g, count, g.width * g.segments, [&](int64_t i) {
+      const Slab s = slab_at(g, first + i);
+      AdainMoments* m = &moments[i * g.width];
+      for (int64_t c = 0; c < s.width; ++c) {
+        m[c] = AdainMoments{};
+        for (int64_t part = 0; part < g.segments; ++part)
+          adain_merge(N, parts[(i * g.segments + part) * g.width + c], &m[c]);
+      }
+      rule(s, m, &coefficients[i * g.width]);
+    });
+    if (!write) continue;
+    each(run, g, count * g.segments, g.width * g.segment, [&](int64_t i) {
+      const int64_t slab = i / g.segments, begin = i % g.segments * g.segment;
+      slab_write<T, N>(g, slab_at(g, first + slab), begin, std::min(g.rows, begin + g.segment),
+                       &coefficients[slab * g.width], &moments[slab * g.width]);
+    });
+  }
+}
+
+template <class T, int N>
+void style_pass(const Run& run, const Group& g, const AdainMoments* moments, const AdainShare* shares) {
+  each(run, g, g.slabs * g.segments, g.width * std::min(g.rows, g.segment), [&](int64_t i) {
+    const Slab s = slab_at(g, i / g.segments);
+    const int64_t begin = i % g.segments * g.segment;
+    PerPlane<AdainMoments> m(s.width);
+    PerPlane<AdainCoefficients> c(s.width);
+    for (int64_t k = 0; k < s.width; ++k) {
+      const int64_t index = s.index + k * g.column_index_step;
+      m[k] = moments[index];
+      c[k] = AdainCoefficients{};
+      adain_style_rule(run.direction, m[k], shares[index], &c[k]);
+    }
+    slab_write<T, N>(g, s, begin, std::min(g.rows, begin + g.segment), c, m);
+  });
+}
+
+// Sums the shares of content planes by the style plane they use, in the order of their index.
+void gather_shares(const Group& content, const std::vector<AdainShare>& shares, std::vector<AdainShare>* out) {
+  for (int64_t i = 0; i < content.slabs; ++i) {
+    const Slab s = slab_at(content, i);
+    for (int64_t c = 0; c < s.width; ++c) {
+      const AdainShare& from = shares[s.index + c * content.column_index_step];
+      AdainShare& to = (*out)[s.style + c * content.column_style_step];
+      to.mean += from.mean;
+      to.std += from.std;
+      to.std_tangent += from.std_tangent;
+    }
+  }
+}
+
+template <class T, int NX, int NY>
+void run_direction(const Run& run) {
+  const Group content = describe(run.args, true, run.direction), style = describe(run.args, false, run.direction);
+  std::vector<AdainMoments> moments((size_t)style.planes);
+  all_moments<T, NY>(run, style, moments.data());
+  const bool wants_style = run.args.style_out.ptr != nullptr;
+  std::vector<AdainShare> shares(wants_style ? (size_t)content.planes : 0);
+  content_pass<T, NX>(run, content, moments.data(), wants_style ? shares.data() : nullptr);
+  if (!wants_style) return;
+  std::vector<AdainShare> gathered((size_t)style.planes);
+  gather_shares(content, shares, &gathered);
+  style_pass<T, NY>(run, style, moments.data(), gathered.data());
+}
+
+template <class T>
+void run_typed(const Run& run) {
+  switch (run.direction) {
+    case AdainDirection::forward: run_direction<T, 1, 1>(run); return;
+    case AdainDirection::backward: run_direction<T, 2, 1>(run); return;
+    case AdainDirection::jvp: run_direction<T, 2, 2>(run); return;
+    case AdainDirection::jvp_backward: run_direction<T, 3, 2>(run); return;
+  }
+}
+
+void adain_run(AdainDirection direction, const AdainArgs& args, const Parallel& parallel) {
+  const Run run{args, direction, parallel};
+  if (args.dtype == DType::f64)
+    run_typed<double>(run);
+  else
+    run_typed<float>(run);
+}
+
+}  // namespace
+
+extern const AdainKernels kAdain;
+const AdainKernels kAdain = {adain_run};
+
+}  // namespace TRANSFUSE_ISA
+}  // namespace transfuse
