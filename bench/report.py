@@ -154,6 +154,11 @@ def _footnote(record: Mapping[str, object]) -> str:
         peaks = ", ".join(f"{k} {v:.0f}" for k, v in limits["peak_gflops"].items())
         lines.append(f"  measured limits: {peaks} GFLOP/s, copy {limits['copy_gbps']:.0f} GB/s")
     results = [result for result in record["results"] if result["status"] == "ok"]
+    if any(result["floor_share"] is not None and result["floor_share"] > 1 for result in results):
+        lines.append(
+            "  a share above 100 %: other work disturbed the measurement of the limits (or the "
+            "inputs fit the caches); the floor says nothing here"
+        )
     if any(result["met"] is not None and not result["bars_apply"] for result in results):
         lines.append(
             "  bars were set for 2 threads with AVX-512 and bf16 instructions; in parentheses: "

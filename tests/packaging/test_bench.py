@@ -558,6 +558,12 @@ class TestReport:
         assert text.splitlines()[0] == "title"
         assert text.splitlines()[3:] == ["a      1.0  x", "bb    10.0"]
 
+    def test_an_impossible_share_of_the_floor_is_called_out(self, result):
+        record = copy.deepcopy(make_record(result))
+        record["results"][0]["floor_share"] = 16.0
+        assert "disturbed" in report.summary_table(record)
+        assert "disturbed" not in report.summary_table(make_record(result))
+
     def test_brackets_survive(self):
         assert "[1, 2] [bold]" in report.table("t", ("a", "b"), [("x", "[1, 2] [bold]")])
 
