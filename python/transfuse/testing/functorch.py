@@ -145,6 +145,7 @@ def run(
         units=check.units,
         terms=oracle.magnitude(*truth),
         names=[f"{check.name}[{i}]" for i in range(len(results))],
+        dtype=None if check.units == oracle.VALUE_UNITS else dtype,
     )
     return Outcome("wrong", "; ".join(problems)) if problems else Outcome("right")
 
@@ -323,6 +324,29 @@ def _each_jvp_alone(probe: Probe) -> Sequence[Tensor]:
             else [a + b for a, b in zip(total, tangents, strict=True)]
         )
     return total
+
+
+def _batched_backward(probe: Probe) -> Sequence[Tensor]:
+    """Several output gradients at once, as ``torch.autograd.functional`` vectorises Jacobians."""
+    named = [t.requires_grad_() for t in probe.named]
+    results = probe.of_named(*named)
+    return torch.autograd.grad(
+        results, named, _many(probe), is_grads_batched=True, materialize_grads=True
+    )
+
+
+def _batched_loop(probe: Probe) -> Sequence[Tensor]:
+    named = [t.requires_grad_() for t in probe.named]
+    results = probe.of_named(*named)
+    rows = [
+        torch.autograd.grad(results, named, lane, retain_graph=True, materialize_grads=True)
+        for lane in zip(*_many(probe), strict=True)
+    ]
+    return [torch.stack(parts) for parts in zip(*rows, strict=True)]
+
+
+def _many(probe: Probe) -> list[Tensor]:
+    return [torch.stack([c, -0.5 * c, c.flip(-1)]) for c in probe.cotangents]
 
 
 def _inference(probe: Probe) -> Sequence[Tensor]:
@@ -512,6 +536,7 @@ def _compile_func_vmap(probe: Probe) -> Sequence[Tensor]:
 
 _ONE = oracle.VALUE_UNITS
 _TWO = oracle.GRADIENT_UNITS
+_ALONG = oracle.TANGENT_UNITS
 _THREE = oracle.SECOND_UNITS
 # What torch 2.10 to 2.13 themselves do not do, whatever the op.
 _AOT_SECOND = "does not currently support double backward|not have been used in the graph"
@@ -523,10 +548,11 @@ CHECKS: tuple[Check, ...] = (
     Check("func.grad", "backward", _func_grad, _gradients, _TWO),
     Check("func.vjp", "backward", _func_vjp, _gradients, _TWO),
     Check("func.jacrev", "backward", _func_jacrev, _jacobian, _TWO, tiny=True),
+    Check("batched backward", "backward", _batched_backward, _batched_loop, _TWO),
     Check("checkpoint", "backward", _checkpoint, _gradients, _TWO),
-    Check("func.jvp", "forward mode", _func_jvp, _tangents_where_finite, _TWO),
-    Check("func.jvp, one input", "forward mode", _each_jvp_alone, _tangents_where_finite, _TWO),
-    Check("forward_ad", "forward mode", _forward_ad, _tangents_where_finite, _TWO),
+    Check("func.jvp", "forward mode", _func_jvp, _tangents_where_finite, _ALONG),
+    Check("func.jvp, one input", "forward mode", _each_jvp_alone, _tangents_where_finite, _ALONG),
+    Check("forward_ad", "forward mode", _forward_ad, _tangents_where_finite, _ALONG),
     Check("func.jacfwd", "forward mode", _func_jacfwd, _jacobian, _TWO, tiny=True),
     Check("double backward", "double backward", _second, _second, _THREE),
     Check("grad of grad", "double backward", _grad_of_grad, _second, _THREE),
@@ -538,7 +564,7 @@ CHECKS: tuple[Check, ...] = (
     Check("vmap, all tensors", "vmap", _vmap_all, _loop_all, _ONE),
     Check("vmap, last axis", "vmap", _vmap_last, _loop_named, _ONE),
     Check("vmap of grad", "vmap", _vmap_of_grad, _loop_of_grad, _TWO),
-    Check("vmap of jvp", "vmap", _vmap_of_jvp, _loop_of_jvp, _TWO),
+    Check("vmap of jvp", "vmap", _vmap_of_jvp, _loop_of_jvp, _ALONG),
     Check("grad of vmap", "vmap", _grad_of_vmap, _loop_of_grad, _TWO),
     Check("backward of vmap", "vmap", _backward_of_vmap, _loop_of_grad, _TWO),
     Check("compile", "compile", _compile_forward, _values, _ONE),
@@ -554,6 +580,6 @@ CHECKS: tuple[Check, ...] = (
         may_raise=_AOT_SECOND,
     ),
     Check("compile, func.grad", "compile", _compile_func_grad, _gradients, _TWO),
-    Check("compile, func.jvp", "compile", _compile_func_jvp, _tangents, _TWO),
+    Check("compile, func.jvp", "compile", _compile_func_jvp, _tangents, _ALONG),
     Check("compile, func.vmap", "compile", _compile_func_vmap, _loop_named, _ONE),
 )

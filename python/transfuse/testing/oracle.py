@@ -6,11 +6,13 @@ result passes if
     max |result - oracle| <= 2 * max |eager - oracle| + band
 
 where ``eager`` is the reference run in that dtype, and ``band = units * eps(dtype) * scale`` with 4
-units for values, 8 for first and 16 for second derivatives. ``scale`` is max |oracle|, but not less
-than an eighth of the largest number the result was made from (the inputs for a value, all
-derivatives of the same call for a derivative): a result that is tiny because large terms cancel
-(the query gradient of attention to a single key is exactly zero) carries the rounding of those
-terms.
+units for values, 8 for gradients, 16 for tangents and second derivatives (where terms of the size
+of input times direction cancel). ``dtype`` is the result's own for values;
+for derivatives it is that of the call, since even the float32 gradient of a float32 bias is made
+from a bfloat16 output. ``scale`` is max |oracle|, but not less than a quarter of the largest
+number the result was made from (the inputs for a value, all derivatives of the same call for a
+derivative): a result that is tiny because large terms cancel (the query gradient of attention to a
+single key is exactly zero) carries the rounding of those terms.
 
 In float64 the oracle is no better than the result, and the band is 1024 units instead.
 
@@ -29,9 +31,10 @@ from transfuse.testing.spec import CallArgs, OpSpec, Outputs, Tensors
 
 VALUE_UNITS = 4.0
 GRADIENT_UNITS = 8.0
+TANGENT_UNITS = 16.0
 SECOND_UNITS = 16.0
 FLOAT64_UNITS = 1024.0
-CANCELLATION = 1.0 / 8.0
+CANCELLATION = 1.0 / 4.0
 
 Function = Callable[[Tensors], Outputs]
 
@@ -60,6 +63,7 @@ def compare(
     *,
     units: float = VALUE_UNITS,
     terms: float = 0.0,
+    dtype: torch.dtype | None = None,
 ) -> Comparison:
     """Judge a result by the tolerance rule.
 
@@ -67,8 +71,9 @@ def compare(
         result: what the op gave.
         oracle: float64 reference on the rounded inputs.
         eager: the reference in the dtype of the inputs; None leaves only the band.
-        units: width of the band in eps of the result's dtype.
+        units: width of the band in eps.
         terms: magnitude of the largest number the result was made from (see the module docstring).
+        dtype: dtype of the call, if it sets the precision (derivatives); None: that of the result.
     """
     if result.shape != oracle.shape:
         return Comparison(
@@ -76,8 +81,10 @@ def compare(
         )
     if result.dtype == torch.float64:
         units = max(units, FLOAT64_UNITS)
-    scale = max(magnitude(oracle), CANCELLATION * terms)
-    band = units * torch.finfo(result.dtype).eps * scale
+    eps = torch.finfo(result.dtype).eps
+    if dtype is not None:
+        eps = max(eps, torch.finfo(dtype).eps)
+    band = units * eps * max(magnitude(oracle), CANCELLATION * terms)
     yardstick = 0.0 if eager is None else distance(eager, oracle)
     return Comparison(distance(result, oracle), 2.0 * yardstick + band)
 
@@ -90,6 +97,7 @@ def compare_all(
     units: float,
     terms: float,
     names: Sequence[str],
+    dtype: torch.dtype | None = None,
 ) -> list[str]:
     """What is wrong with several results; an empty list if nothing is."""
     if len(results) != len(oracles):
@@ -97,7 +105,7 @@ def compare_all(
     problems = []
     for number, (name, result, oracle) in enumerate(zip(names, results, oracles, strict=True)):
         eager = None if eagers is None else eagers[number]
-        verdict = compare(result, oracle, eager, units=units, terms=terms)
+        verdict = compare(result, oracle, eager, units=units, terms=terms, dtype=dtype)
         if not verdict.ok:
             problems.append(f"{name}: {verdict}")
         if eager is not None and result.dtype != eager.dtype:

@@ -115,7 +115,10 @@ class OpSpec:
         refuses: checks of ``transfuse.testing.functorch`` that may raise instead of giving the
             right result, as ``{check name: regular expression for the message}``.
         fuzz: ``fuzz(choose)`` returns a random case; ``choose(options)`` picks one of a sequence.
-        raw_calls: sample calls of the private ops behind each backend, by backend.
+        raw_calls: ``raw_calls(backend)`` gives sample calls of the registered private ops behind a
+            backend.
+        declared_as: name of the op whose backends it uses; None: its own, or none at all if it
+            is composed of other operations.
     """
 
     name: str
@@ -131,6 +134,7 @@ class OpSpec:
     refuses: Mapping[str, str] = field(default_factory=dict)
     fuzz: Callable[[Callable[[Sequence[object]], object]], Case] | None = None
     raw_calls: Callable[[str], tuple[RawCall, ...]] | None = None
+    declared_as: str | None = None
 
     def __post_init__(self) -> None:
         names = [case.name for case in self.cases]

@@ -20,13 +20,15 @@ from transfuse.ops import (
     attend_with_lse,
     merge_attention,
 )
+from transfuse.ops._attention_core import compact
 from transfuse.ops._attention_reference import (
     attend_reference,
     attend_with_lse_reference,
     merge_attention_reference,
 )
+from transfuse.ops._sources import normalise
 from transfuse.testing.inputs import packed
-from transfuse.testing.spec import CallArgs, Case, OpSpec, Tensors
+from transfuse.testing.spec import CallArgs, Case, OpSpec, RawCall, Tensors
 from transfuse.testing.specs._attention_errors import ATTEND_ERRORS, LSE_ERRORS, MERGE_ERRORS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -228,6 +230,11 @@ def _plans() -> dict[str, tuple[Plan, frozenset[str]]]:
 
     b, h, n, m = 2, 4, 9, 11
     plans = {
+        # Small enough for a full Jacobian by finite differences.
+        "small": (
+            Plan(1, 2, 3, 2, (Source(4, bias=(4,)), Source(2, temperature=1.5))),
+            TINY,
+        ),
         "plain": (base, TINY),
         "self": (Plan(2, 2, 7, 5, (Source(7),)), TINY),
         "value width": (replace(base, value_width=3), TINY),
@@ -265,12 +272,19 @@ def _plans() -> dict[str, tuple[Plan, frozenset[str]]]:
             TINY,
         ),
         "gate of all": (with_source(gate=(b, h, n)), TINY),
-        "bias scalar": (with_source(bias=()), TINY),
+        # Beside a second source: alone, softmax would not feel these two.
+        "bias scalar": (replace(base, sources=(replace(own, bias=()), Source(4))), TINY),
         "bias of key": (with_source(bias=(m,)), TINY),
         "bias of batch and key": (with_source(bias=(b, 1, 1, m)), TINY),
         "bias of head": (with_source(bias=(h, n, m)), TINY),
         "bias of query and key": (with_source(bias=(n, m)), TINY),
-        "bias of query": (with_source(bias=(b, 1, n, 1), bias_float32=True), TINY),
+        "bias of query": (
+            replace(
+                base,
+                sources=(replace(own, bias=(b, 1, n, 1), bias_float32=True), Source(4)),
+            ),
+            TINY,
+        ),
         "bias of all": (with_source(bias=(b, h, n, m)), TINY),
         "bias forbids": (with_source(bias=(b, h, n, m), bias_forbids=True), AWKWARD),
         "mask of key": (with_source(mask=(b, 1, 1, m)), TINY),
@@ -346,9 +360,9 @@ def _plans() -> dict[str, tuple[Plan, frozenset[str]]]:
                         index=(1, 0, 1),
                         blend=Mix((2, 1, 13), batch=1),
                     ),
-                    Source(7, batch=1, heads=4, causal="upper_left"),
-                    Source(6, group=1, gate=(3, 1, 10), heads=1, mask=(3, 1, 1, 6)),
-                    Source(5, group=2, gate=-0.4, bias=(5,), bias_float32=True),
+                    Source(7, batch=1, heads=2, causal="upper_left"),
+                    Source(6, group=1, gate=(3, 1, 10), heads=2, mask=(3, 1, 1, 6)),
+                    Source(5, heads=2, group=2, gate=-0.4, bias=(5,), bias_float32=True),
                 ),
                 value_width=7,
                 blend=Mix((4, 1), batch=2, index=(1, 1, 0)),
@@ -370,7 +384,7 @@ def _plans() -> dict[str, tuple[Plan, frozenset[str]]]:
         "no batch": (Plan(0, 2, 3, 4, (Source(5),)), AWKWARD),
         "no heads": (Plan(2, 0, 3, 4, (Source(5),)), AWKWARD),
         "odd image": (Plan(1, 1, 33 * 57, 40, (Source(33 * 57),)), REAL),
-        "vit block": (Plan(1, 3, 197, 64, (Source(197),)), REAL),
+        "vit block": (Plan(1, 2, 197, 64, (Source(197),)), AWKWARD),
         "text and image": (
             Plan(1, 2, 256, 64, (Source(77), Source(16, group=1, gate=0.6))),
             REAL,
@@ -525,10 +539,74 @@ def _fuzz(choose: Callable[[Sequence[object]], object]) -> Case:
     return _case(repr(plan), plan, frozenset())
 
 
+# -- raw ops ------------------------------------------------------------------------------------
+
+
+def _raw_calls(backend: str) -> tuple[RawCall, ...]:
+    """The registered C++ ops on a call with every kind of argument the core takes."""
+    if backend != "cpu":
+        return ()
+    generator = torch.Generator().manual_seed(0)
+    plan = Plan(
+        2,
+        2,
+        5,
+        4,
+        (
+            Source(6, bias=(2, 1, 1, 6), mask=(5, 6), index=(1, 0), heads=1),
+            Source(3, batch=1, temperature=1.5, causal="lower_right", heads=1),
+        ),
+        value_width=3,
+    )
+    tensors = plan.draw(torch.float32, torch.device("cpu"), generator)
+    names = plan.differentiable()
+
+    def flat(query: Tensor, sources: Sequence[KV], **options: object) -> tuple[object, ...]:
+        call = normalise(query, sources, options["blend"], options["scale"])
+        present, positions = compact(call.biases)
+        lists = (call.keys, call.values, present, positions, call.masks, call.indices)
+        return (call.query, *lists, call.scales, call.causal)
+
+    def core(requires_grad: bool) -> tuple[object, ...]:
+        leaves = {
+            n: t.detach().requires_grad_(requires_grad and n in names) for n, t in tensors.items()
+        }
+        return plan.call(flat, leaves, None)
+
+    ops = torch.ops.transfuse
+    plain = core(False)
+    query, keys, values, biases, bias_at = plain[:5]
+    results = ops.attention_forward(*plain)
+    moves = (
+        torch.ones_like(query),
+        [torch.ones_like(t) for t in keys],
+        [torch.ones_like(t) for t in values],
+        [None if at < 0 else torch.ones_like(biases[at]) for at in bias_at],
+    )
+    moved = ops.attention_jvp(*plain, *results, *moves)
+    grads = [torch.ones_like(t) for t in results]
+    wanted = [at >= 0 for at in bias_at]
+    return (
+        RawCall("attention_forward", ops.attention_forward.default, core(True)),
+        RawCall(
+            "attention_backward",
+            ops.attention_backward.default,
+            (*grads, *plain, *results, wanted),
+        ),
+        RawCall("attention_jvp", ops.attention_jvp.default, (*plain, *results, *moves)),
+        RawCall(
+            "attention_jvp_backward",
+            ops.attention_jvp_backward.default,
+            (*grads, *plain, *results, *moves, *moved, wanted),
+        ),
+    )
+
+
 # -- specs --------------------------------------------------------------------------------------
 
 _PLANS = _plans()
 _LSE_NAMES = (
+    "small",
     "plain",
     "three sources, ragged",
     "masked rows",
@@ -544,6 +622,14 @@ _LSE_NAMES = (
     "primes",
     "tile 65",
 )
+# Kernels are differentiated twice; a compiled graph once.
+_REFUSES = {
+    "jvp of jvp": "one more forward-mode derivative is not implemented",
+    "compile, double backward": "a compiled graph holds first derivatives only",
+    "compile, func.grad": "do not support torch.func transforms",
+    "compile, func.jvp": "do not support torch.func transforms",
+    "compile, func.vmap": "do not support torch.func transforms",
+}
 _MERGE_SHAPE = (2, 2, 5, 4)
 
 SPECS = (
@@ -558,6 +644,7 @@ SPECS = (
         bytes=_bytes,
         errors=ATTEND_ERRORS,
         gradcheck=(
+            "small",
             "two sources",
             "self",
             "groups",
@@ -566,7 +653,9 @@ SPECS = (
             "grouped heads",
             "causal, more queries",
         ),
+        refuses=_REFUSES,
         fuzz=_fuzz,
+        raw_calls=_raw_calls,
     ),
     OpSpec(
         name="attend_with_lse",
@@ -578,7 +667,9 @@ SPECS = (
         flops=_flops,
         bytes=_bytes,
         errors=LSE_ERRORS,
-        gradcheck=("self", "index", "query blend of query"),
+        gradcheck=("small", "index", "query blend of query"),
+        refuses=_REFUSES,
+        declared_as="attend",
     ),
     OpSpec(
         name="merge_attention",

@@ -1,0 +1,468 @@
+"""The contract every op keeps, checked from its spec alone (``transfuse.testing.specs``)."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import zlib
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transfuse.testing import CallArgs, Case, OpSpec, functorch, inputs, oracle
+from transfuse.testing.oracle import GRADIENT_UNITS, SECOND_UNITS, TANGENT_UNITS, VALUE_UNITS
+from transfuse.testing.spec import Outputs, Tensors
+from transfuse.testing.specs import all_specs
+
+SPECS = all_specs()
+FUZZ_EXAMPLES = 60
+
+
+def _name(value: object) -> str:
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    return value if isinstance(value, str) else getattr(value, "name", str(value))
+
+
+def over(*axes: str, keep: Callable[..., bool] = lambda *_: True) -> pytest.MarkDecorator:
+    """Parametrise over specs and, per spec, any of its backends, dtypes and cases."""
+    choices = {
+        "backend": lambda spec: spec.backends,
+        "dtype": lambda spec: spec.dtypes,
+        "case": lambda spec: tuple(c for c in spec.cases if "bench" not in c.tags),
+    }
+    rows = [(spec,) for spec in SPECS]
+    for axis in axes:
+        rows = [(*row, choice) for row in rows for choice in choices[axis](row[0])]
+    rows = [row for row in rows if keep(*row)]
+    ids = ["-".join(_name(v).replace(" ", "_") for v in row) for row in rows]
+    if not axes:
+        rows = [row[0] for row in rows]
+    return pytest.mark.parametrize(",".join(("spec", *axes)), rows, ids=ids)
+
+
+def _kernel(backend: str) -> bool:
+    """The reference is not compared with itself everywhere, only where dispatch could break it."""
+    return backend != "reference"
+
+
+def _derivable(spec: OpSpec, backend: str, dtype: torch.dtype, case: Case) -> bool:
+    if not _kernel(backend) and spec.backends != ("reference",):
+        return dtype == torch.float32 and case.name in spec.gradcheck
+    return "real" not in case.tags or dtype in (torch.float32, torch.bfloat16)
+
+
+def _twice_derivable(spec: OpSpec, backend: str, dtype: torch.dtype, case: Case) -> bool:
+    # The dense oracle of a second derivative holds many attention maps.
+    return "real" not in case.tags and _derivable(spec, backend, dtype, case)
+
+
+def _small(spec: OpSpec, backend: str, dtype: torch.dtype, case: Case) -> bool:
+    return _kernel(backend) and "real" not in case.tags
+
+
+def _repeatable(spec: OpSpec, backend: str, dtype: torch.dtype, case: Case) -> bool:
+    """Cases large enough to be divided among threads, and some with everything else."""
+    return _small(spec, backend, dtype, case) and (
+        "tiny" not in case.tags or case.name in spec.gradcheck
+    )
+
+
+def _seed(case: Case) -> int:
+    return zlib.crc32(case.name.encode()) % 1000
+
+
+class Judge:
+    """One call, its oracle, and eager torch in the same dtype."""
+
+    def __init__(
+        self,
+        spec: OpSpec,
+        args: CallArgs,
+        names: Sequence[str],
+        dtype: torch.dtype,
+        backend: str | None,
+    ) -> None:
+        self.dtype = dtype
+        self.names = tuple(names)
+        self.tensors = args.tensors
+        self.fn = oracle.function(args, spec.op, backend)
+        self._reference = oracle.function(args, spec.reference)
+        self._probe = functorch.probe_of(self._reference, args.tensors, names, self._reference)
+
+    def truth(self, tensors: Tensors, compute: Callable[..., Sequence[Tensor]]) -> Sequence[Tensor]:
+        return compute(self._reference, oracle.widen(tensors), torch.float64)
+
+    def differences(
+        self,
+        results: Sequence[Tensor],
+        compute: Callable[..., Sequence[Tensor]],
+        *,
+        units: float,
+        terms: Sequence[Tensor],
+        tensors: Tensors | None = None,
+    ) -> list[str]:
+        """What is wrong with ``results``, given how to compute them from a function of tensors."""
+        tensors = self.tensors if tensors is None else tensors
+        truth = self.truth(tensors, compute)
+        eager = compute(self._reference, tensors, None)
+        numbered = [f"result {i}" for i in range(len(truth))]
+        names = self.names if len(truth) == len(self.names) else numbered
+        return oracle.compare_all(
+            results,
+            truth,
+            eager,
+            units=units,
+            terms=oracle.magnitude(*(terms if len(terms) > 0 else truth)),
+            names=names,
+            dtype=None if units == VALUE_UNITS else self.dtype,
+        )
+
+    def replace_cotangents(self, cotangents: Sequence[Tensor]) -> None:
+        self._probe = dataclasses.replace(self._probe, cotangents=list(cotangents))
+
+    def cotangents(self, dtype: torch.dtype | None = None) -> list[Tensor]:
+        return [t if dtype is None else t.to(dtype) for t in self._probe.cotangents]
+
+    def direction(self, dtype: torch.dtype | None = None) -> list[Tensor]:
+        return [t if dtype is None else t.to(dtype) for t in self._probe.direction]
+
+    # Each of these is a way to compute something from (function, tensors, dtype of the directions).
+
+    def values(self, fn, tensors: Tensors, dtype: torch.dtype | None = None) -> Outputs:
+        return oracle.values(fn, tensors)
+
+    def gradients(self, fn, tensors: Tensors, dtype: torch.dtype | None = None) -> Outputs:
+        return oracle.gradients(fn, tensors, self.names, self.cotangents(dtype))
+
+    def tangents(self, fn, tensors: Tensors, dtype: torch.dtype | None = None) -> Outputs:
+        results, tangents = oracle.tangents(fn, tensors, self.names, self.direction(dtype))
+        # -inf does not move; what its tangent is called is left open.
+        return tuple(
+            torch.where(r == -torch.inf, 0.0, t) for r, t in zip(results, tangents, strict=True)
+        )
+
+    def second(self, fn, tensors: Tensors, dtype: torch.dtype | None = None) -> Outputs:
+        return oracle.second_gradients(
+            fn, tensors, self.names, self.cotangents(dtype), self.direction(dtype)
+        )
+
+
+def judge(
+    spec: OpSpec, case: Case, dtype: torch.dtype, backend: str, device: torch.device
+) -> Judge:
+    return Judge(spec, case.build(dtype, device, _seed(case)), case.differentiable, dtype, backend)
+
+
+def assert_none(problems: Sequence[str]) -> None:
+    assert not problems, "\n".join(problems)
+
+
+def assert_same_bits(results: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+    assert len(results) == len(others)
+    for result, other in zip(results, others, strict=True):
+        assert torch.equal(result.isnan(), other.isnan())
+        assert torch.equal(result.nan_to_num(), other.nan_to_num())
+
+
+# -- specs --------------------------------------------------------------------------------------
+
+
+@over("case")
+def test_spec_is_consistent(spec: OpSpec, case: Case) -> None:
+    args = case.build(torch.float32)
+    assert set(case.differentiable) <= set(args.tensors)
+    again = case.build(torch.float32)
+    for name, tensor in args.tensors.items():
+        assert torch.equal(tensor.nan_to_num(), again.tensors[name].nan_to_num()), name
+    assert spec.flops(args) >= 0
+    assert spec.bytes(args) >= 0
+
+
+# -- numbers ------------------------------------------------------------------------------------
+
+
+@over("backend", "dtype", "case")
+def test_value(spec: OpSpec, backend: str, dtype: torch.dtype, case: Case, device_for) -> None:
+    j = judge(spec, case, dtype, backend, device_for(spec, backend, dtype))
+    before = {name: tensor.clone() for name, tensor in j.tensors.items()}
+    results = j.values(j.fn, j.tensors)
+    assert_none(
+        j.differences(results, j.values, units=VALUE_UNITS, terms=tuple(j.tensors.values()))
+    )
+    for name, tensor in j.tensors.items():
+        assert torch.equal(tensor.nan_to_num(), before[name].nan_to_num()), f"{name} was changed"
+        for result in results:
+            aliased = result.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+            assert result.numel() == 0 or not aliased, f"a result shares memory with {name}"
+
+
+@over("backend", "dtype", "case", keep=_derivable)
+def test_gradient(spec: OpSpec, backend: str, dtype: torch.dtype, case: Case, device_for) -> None:
+    j = judge(spec, case, dtype, backend, device_for(spec, backend, dtype))
+    results = j.gradients(j.fn, j.tensors)
+    assert_none(j.differences(results, j.gradients, units=GRADIENT_UNITS, terms=()))
+
+
+@over("backend", "dtype", "case", keep=_twice_derivable)
+def test_forward_mode(
+    spec: OpSpec, backend: str, dtype: torch.dtype, case: Case, device_for
+) -> None:
+    j = judge(spec, case, dtype, backend, device_for(spec, backend, dtype))
+    results = j.tangents(j.fn, j.tensors)
+    assert_none(j.differences(results, j.tangents, units=TANGENT_UNITS, terms=tuple(j.direction())))
+
+
+@over("backend", "dtype", "case", keep=_twice_derivable)
+def test_double_backward(
+    spec: OpSpec, backend: str, dtype: torch.dtype, case: Case, device_for
+) -> None:
+    j = judge(spec, case, dtype, backend, device_for(spec, backend, dtype))
+    results = j.second(j.fn, j.tensors)
+    first = j.truth(j.tensors, j.gradients)
+    second = j.truth(j.tensors, j.second)
+    assert_none(j.differences(results, j.second, units=SECOND_UNITS, terms=(*first, *second)))
+
+
+@over("backend", "case", keep=lambda spec, backend, case: case.name in spec.gradcheck)
+def test_gradcheck(spec: OpSpec, backend: str, case: Case, device_for) -> None:
+    if not _kernel(backend) and case.name != spec.gradcheck[0]:
+        pytest.skip("the reference is torch's own autograd")
+    device = device_for(spec, backend, torch.float64)
+    args = case.build(torch.float64, device, _seed(case))
+    fn = oracle.function(args, spec.op, backend)
+    named = [args.tensors[name].detach().requires_grad_() for name in case.differentiable]
+
+    def of_named(*named: Tensor) -> Outputs:
+        return fn({**args.tensors, **dict(zip(case.differentiable, named, strict=True))})
+
+    # Fast mode sees the Jacobian between random vectors only; the first case is checked in full.
+    fast = case.name != spec.gradcheck[0]
+    assert torch.autograd.gradcheck(of_named, named, check_forward_ad=True, fast_mode=fast)
+    assert torch.autograd.gradgradcheck(of_named, named, fast_mode=True)
+
+
+# -- transforms ---------------------------------------------------------------------------------
+
+
+def _checks(spec: OpSpec) -> list[tuple[functorch.Check, str]]:
+    """Compilation is slow, so it is tried on one case; the rest on every gradcheck case."""
+    return [
+        (check, name)
+        for check in functorch.CHECKS
+        for name in (spec.gradcheck[:1] if check.kind == "compile" else spec.gradcheck)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("spec", "backend", "check", "name"),
+    [
+        pytest.param(
+            spec,
+            backend,
+            check,
+            name,
+            id=f"{spec.name}-{backend}-{check.name}-{name}".replace(" ", "_"),
+        )
+        for spec in SPECS
+        for backend in spec.backends
+        for check, name in _checks(spec)
+        if _kernel(backend) or name == spec.gradcheck[0]
+    ],
+)
+def test_transform(
+    spec: OpSpec, backend: str, check: functorch.Check, name: str, device_for
+) -> None:
+    if check.kind == "compile" and not _kernel(backend) and check.name != "compile":
+        pytest.skip("the reference is plain torch")
+    # Triton kernels have no float64.
+    dtype = torch.float32 if backend == "triton" else torch.float64
+    device = device_for(spec, backend, dtype)
+    case = spec.case(name)
+    outcome = functorch.run(check, spec, case, backend=backend, dtype=dtype, device=device)
+    if outcome.status == "raises":
+        assert functorch.refusal_allowed(check, spec, outcome.detail), outcome.detail
+    else:
+        assert outcome.status == "right", outcome.detail
+
+
+@over("backend")
+def test_opcheck(spec: OpSpec, backend: str, device_for) -> None:
+    device_for(spec, backend, torch.float32)
+    calls = () if spec.raw_calls is None else spec.raw_calls(backend)
+    if len(calls) == 0:
+        pytest.skip("no registered ops of its own")
+    for call in calls:
+        torch.library.opcheck(call.op, call.args, dict(call.kwargs))
+
+
+@over("backend", "case", keep=lambda spec, backend, case: case.name == spec.gradcheck[0])
+def test_change_between_forward_and_backward_is_noticed(
+    spec: OpSpec, backend: str, case: Case, device_for
+) -> None:
+    device = device_for(spec, backend, torch.float32)
+    j = judge(spec, case, torch.float32, backend, device)
+    for name in j.names:
+        own = {n: t.clone() for n, t in oracle.leaves(j.tensors, j.names).items()}
+        results = j.fn(own)
+        own[name].data_ptr()  # a clone, so it may be changed in place
+        with torch.no_grad():
+            own[name].mul_(2.0)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(results, list(own[n] for n in j.names), j.cotangents())
+
+
+# -- memory -------------------------------------------------------------------------------------
+
+
+def _ways(j: Judge) -> dict[str, Callable[[Tensors], Sequence[Tensor]]]:
+    """Everything a kernel computes, as functions of the tensors."""
+    return {
+        "value": lambda tensors: j.values(j.fn, tensors),
+        "gradient": lambda tensors: j.gradients(j.fn, tensors),
+        "tangent": lambda tensors: j.tangents(j.fn, tensors),
+        "second gradient": lambda tensors: j.second(j.fn, tensors),
+    }
+
+
+def _unlike(j: Judge, way: str, results: Sequence[Tensor], plain: Sequence[Tensor]) -> list[str]:
+    """What differs from the same call on contiguous tensors by more than rounding."""
+    return oracle.compare_all(
+        results,
+        [t.double() for t in plain],
+        None,
+        units=VALUE_UNITS if way == "value" else GRADIENT_UNITS,
+        terms=oracle.magnitude(*plain),
+        names=[f"{way} {i}" for i in range(len(plain))],
+        dtype=j.dtype,
+    )
+
+
+@over("backend", "dtype", "case", keep=_small)
+def test_strides(spec: OpSpec, backend: str, dtype: torch.dtype, case: Case, device_for) -> None:
+    """Inputs and output gradients with any strides give the result of contiguous ones."""
+    j = judge(spec, case, dtype, backend, device_for(spec, backend, dtype))
+    cotangents = j.cotangents()
+    problems = []
+    for kind in inputs.STRIDES:
+        strided = {name: inputs.strided(tensor, kind) for name, tensor in j.tensors.items()}
+        plain = {name: tensor.contiguous() for name, tensor in strided.items()}
+        own = [inputs.strided(c, kind) for c in cotangents]
+        for way in ("value", "gradient"):
+            j.replace_cotangents([c.contiguous() for c in own])
+            expected = _ways(j)[way](plain)
+            j.replace_cotangents(own)
+            found = _unlike(j, way, _ways(j)[way](strided), expected)
+            problems += [f"{kind}: {problem}" for problem in found]
+    assert_none(problems)
+
+
+@over("backend", "dtype", "case", keep=_small)
+def test_nothing_outside_is_read(
+    spec: OpSpec, backend: str, dtype: torch.dtype, case: Case, device_for
+) -> None:
+    j = judge(spec, case, dtype, backend, device_for(spec, backend, dtype))
+    problems = []
+    plain = {way: compute(j.tensors) for way, compute in _ways(j).items()}
+    for kind in inputs.FRAMES:
+        framed = {name: inputs.framed(tensor, kind) for name, tensor in j.tensors.items()}
+        for way, compute in _ways(j).items():
+            found = _unlike(j, way, compute(framed), plain[way])
+            problems += [f"{kind}: {problem}" for problem in found]
+    assert_none(problems)
+
+
+@over("backend", "dtype", "case", keep=_small)
+def test_everything_is_written(
+    spec: OpSpec, backend: str, dtype: torch.dtype, case: Case, device_for
+) -> None:
+    device = device_for(spec, backend, dtype)
+    j = judge(spec, case, dtype, backend, device)
+    for compute in _ways(j).values():
+        plain = compute(j.tensors)
+        with inputs.poisoned(device):
+            assert_same_bits(compute(j.tensors), plain)
+
+
+@over("backend", "dtype", "case", keep=_repeatable)
+def test_same_bits_every_time(
+    spec: OpSpec, backend: str, dtype: torch.dtype, case: Case, device_for
+) -> None:
+    """Across runs, and across numbers of threads on the CPU."""
+    j = judge(spec, case, dtype, backend, device_for(spec, backend, dtype))
+    for compute in _ways(j).values():
+        results = []
+        for threads in (1, 2, 2):
+            torch.set_num_threads(threads)
+            results.append(compute(j.tensors))
+        for other in results[1:]:
+            assert_same_bits(other, results[0])
+
+
+# -- refusals -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spec", "bad"),
+    [
+        pytest.param(spec, bad, id=f"{spec.name}-{bad.name}".replace(" ", "_"))
+        for spec in SPECS
+        for bad in spec.errors
+    ],
+)
+def test_refused(spec: OpSpec, bad) -> None:
+    """By the op and, word for word, by its reference, unless it is about the choice of backend."""
+    with pytest.raises(bad.error) as caught:
+        bad.call(spec.op)
+    assert type(caught.value) is bad.error
+    assert re.search(bad.match, str(caught.value)), str(caught.value)
+    if "backend" not in bad.name:
+        with pytest.raises(bad.error) as again:
+            bad.call(spec.reference)
+        assert str(again.value) == str(caught.value)
+
+
+# -- documents ----------------------------------------------------------------------------------
+
+
+@over()
+def test_documented(spec: OpSpec) -> None:
+    text = inspect.getdoc(spec.op)
+    assert text is not None
+    for part in ("Args:", "Returns:", "Raises:", "Example:"):
+        assert part in text, f"{spec.name}: the docstring has no section {part}"
+
+
+# -- fuzz ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=_name)
+@over("backend", keep=lambda spec, backend: spec.fuzz is not None and _kernel(backend))
+def test_fuzz(spec: OpSpec, backend: str, dtype: torch.dtype, device_for) -> None:
+    device = device_for(spec, backend, dtype)
+
+    # The same examples on every machine: a failure here is for everybody to see.
+    @settings(
+        max_examples=FUZZ_EXAMPLES,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(st.data())
+    def check(data: st.DataObject) -> None:
+        case = spec.fuzz(lambda options: data.draw(st.sampled_from(list(options))))
+        args = case.build(dtype, device, data.draw(st.integers(0, 99)))
+        j = Judge(spec, args, case.differentiable, dtype, backend)
+        results = j.values(j.fn, j.tensors)
+        terms = tuple(j.tensors.values())
+        problems = j.differences(results, j.values, units=VALUE_UNITS, terms=terms)
+        results = j.gradients(j.fn, j.tensors)
+        problems += j.differences(results, j.gradients, units=GRADIENT_UNITS, terms=())
+        assert not problems, "\n".join([case.name, *problems])
+
+    check()
