@@ -4,12 +4,15 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <chrono>
 #include <cmath>
+#include <optional>
 #include <stdexcept>
+#include <thread>
+#include <vector>
 
 #include "transfuse/attention.h"
 #include "transfuse/isa.h"
+#include "transfuse/peak.h"
 
 namespace py = pybind11;
 
@@ -81,6 +84,21 @@ FloatArray attend_float32(const FloatArray& query, const FloatArray& key, const 
   return out;
 }
 
+// FLOP/s of all threads together.
+double measure_peak(double (*kernel)(double), int threads, double seconds) {
+  if (threads < 1) throw py::value_error("threads must be at least 1");
+  if (!(seconds > 0 && seconds <= 60)) throw py::value_error("seconds must be in (0, 60]");
+  py::gil_scoped_release release;
+  std::vector<double> rate((size_t)threads, 0.0);
+  std::vector<std::thread> workers;
+  for (int i = 1; i < threads; ++i) workers.emplace_back([&rate, i, kernel, seconds] { rate[(size_t)i] = kernel(seconds); });
+  rate[0] = kernel(seconds);
+  for (auto& w : workers) w.join();
+  double total = 0;
+  for (const double r : rate) total += r;
+  return total;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -89,6 +107,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa_report", &isa_report, "ISA levels: name, whether compiled in, whether this processor runs them.");
   m.def("isa_in_use", [] { return transfuse::isa_name(transfuse::isa_in_use()); },
         "The ISA level the kernels run at (TRANSFUSE_CPU_ISA forces one; read once).");
+  m.def(
+      "measure_peak_flops",
+      [](int threads, double seconds) { return measure_peak(transfuse::peak_kernels().fma_float, threads, seconds); },
+      py::arg("threads"), py::arg("seconds"), "float32 multiply-add peak in FLOP/s at the ISA level in use, measured.");
+  m.def(
+      "measure_peak_bf16_flops",
+      [](int threads, double seconds) { return measure_peak(transfuse::peak_kernels().dot_bf16, threads, seconds); },
+      py::arg("threads"), py::arg("seconds"), "bf16 dot-product peak in FLOP/s; 0 where the processor has none.");
   m.def("attend_float32", &attend_float32, py::arg("query"), py::arg("key"), py::arg("value"), py::kw_only(),
         py::arg("scale") = py::none(), py::arg("threads") = 1,
         "softmax(scale * q k^T) v on float32 NumPy arrays (batch, head, token, channel), on std::thread workers.");

@@ -129,34 +129,43 @@ struct ForwardTask {
       finish_logits(s, b, h, i0, count, j0, cols, padded, args.shape.queries, vis, factor, scores, lds, bias_row);
       factor = A(1);
     }
+    // Two passes over the rows: the folds of one row's maximum hide behind the loads of the next, and the exponentials
+    // of the second pass wait for nothing.
+    A shifts[kBlockRows];
     for (int64_t r = 0; r < count; ++r) {
-      A* x = scores + r * lds;
+      const A* x = scores + r * lds;
       V top = load<V>(x);
       for (int v = 1; v < vecs; ++v) top = vmax(top, load<V>(x + v * W));
       const A tile_max = horizontal_max<A>(top) * factor;
       const A old_max = row_max[r0 + r];
       const A new_max = old_max > tile_max ? old_max : tile_max;
-      const A reference = new_max == negative_infinity<A>() ? A(0) : new_max;
-      const V shift = splat<A>(reference), scale = splat<A>(factor);
+      shifts[r] = new_max == negative_infinity<A>() ? A(0) : new_max;
+      if (new_max != old_max) rescale(r0 + r, old_max - shifts[r], new_max);
+    }
+    const V scale = splat<A>(factor);
+    for (int64_t r = 0; r < count; ++r) {
+      A* x = scores + r * lds;
+      const V shift = splat<A>(shifts[r]);
       V total{};
       for (int v = 0; v < vecs; ++v) {
         const V p = vexp2(load<V>(x + v * W) * scale - shift);
         store(x + v * W, p);
         total += p;
       }
-      A l = row_sum[r0 + r];
-      if (new_max != old_max) {
-        const A alpha = vexp2(splat<A>(old_max - reference))[0];
-        l *= alpha;
-        A* o = out + (r0 + r) * ldo;
-        const V av = splat<A>(alpha);
-        for (int v = 0; v < value_vecs; ++v) store(o + v * W, load<V>(o + v * W) * av);
-        row_max[r0 + r] = new_max;
-      }
-      row_sum[r0 + r] = l + horizontal_sum<A>(total);
+      row_sum[r0 + r] += horizontal_sum<A>(total);
       pack_probs(r, x, padded);
     }
     accumulate(r0, count, tile_rows, cols);
+  }
+
+  // Brings a row's running sum and output to a new maximum.
+  void rescale(int64_t row, A exponent, A new_max) {
+    row_max[row] = new_max;
+    if (row_sum[row] == A(0)) return;  // nothing accumulated yet
+    const A alpha = vexp2(splat<A>(exponent))[0];
+    row_sum[row] *= alpha;
+    A* o = out + row * ldo;
+    for (int v = 0; v < value_vecs; ++v) store(o + v * W, load<V>(o + v * W) * alpha);
   }
 
   void pack_probs(int64_t r, const A* x, int64_t padded) {

@@ -81,6 +81,29 @@ static void load_tokens(const View& x, int64_t b, int64_t h, int64_t first, int6
   if (rows > count) std::memset(dst + count * ld, 0, (rows - count) * ld * sizeof(A));
 }
 
+#if defined(__AVX2__)
+// An 8 x 8 block of 32-bit units: pairs, then quads, then halves change places.
+template <class Unit>
+TRANSFUSE_INLINE void transpose_8x8(const Unit* src, int64_t src_ld, Unit* dst, int64_t ld) {
+  __m256 r[8], t[8];
+  for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(reinterpret_cast<const float*>(src + i * src_ld));
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    for (int half = 0; half < 2; ++half) {
+      r[i + 2 * half] = _mm256_shuffle_ps(t[i + half], t[i + half + 2], 0x44);
+      r[i + 2 * half + 1] = _mm256_shuffle_ps(t[i + half], t[i + half + 2], 0xee);
+    }
+  }
+  for (int i = 0; i < 4; ++i) {
+    _mm256_storeu_ps(reinterpret_cast<float*>(dst + i * ld), _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+    _mm256_storeu_ps(reinterpret_cast<float*>(dst + (i + 4) * ld), _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+  }
+}
+#endif
+
 // Packs rows src[j][0..n), j < count, as columns of panels (see gemm_panels); columns up to `padded` are zero.
 template <class P>
 static void transpose_panels(const typename P::Unit* src, int64_t src_ld, int64_t count, int64_t padded, int64_t n,
@@ -91,7 +114,12 @@ static void transpose_panels(const typename P::Unit* src, int64_t src_ld, int64_
     Unit* panel = dst + j / width * width * n + j % width;
     const Unit* s = src + j * src_ld;
     if (j + kStep <= count) {
-      for (int64_t d = 0; d < n; ++d)
+      int64_t d = 0;
+#if defined(__AVX2__)
+      if constexpr (sizeof(Unit) == 4 && kStep == 8)
+        for (; d + 8 <= n; d += 8) transpose_8x8(s + d, src_ld, panel + d * width, width);
+#endif
+      for (; d < n; ++d)
         for (int64_t i = 0; i < kStep; ++i) panel[d * width + i] = s[i * src_ld + d];
     } else {
       for (int64_t d = 0; d < n; ++d)
