@@ -345,6 +345,7 @@ def source_record(
         length=length,
         repeat=heads // key.shape[1],
         scale=float(scale),
+        shared=tl.constexpr(index is None and key.shape[0] == 1),
         causal=tl.constexpr(causal),
         fold=tl.constexpr(bias is None and scale > 0.0),
         even=tl.constexpr(causal == 0 and length % block_n == 0),

@@ -55,7 +55,8 @@ class Blend(NamedTuple):
 class Source(NamedTuple):
     """One source of keys and values as the kernels see it.
 
-    ``repeat`` query heads share one key head. Compile-time fields: ``causal`` (0 none, 1 upper
+    ``repeat`` query heads share one key head. Compile-time fields: ``shared`` (one batch entry for
+    all queries, no index), ``causal`` (0 none, 1 upper
     left, 2 lower right), ``fold`` (positive scale and no bias, so the scale commutes with the row
     maximum), ``even`` (no block needs a bounds check), ``ends`` (last source of its softmax group).
     """
@@ -74,6 +75,7 @@ class Source(NamedTuple):
     length: Any
     repeat: Any
     scale: Any
+    shared: Any
     causal: Any
     fold: Any
     even: Any
@@ -197,6 +199,15 @@ def map_batch(index, batch):
     mapped = batch
     if index is not None:
         mapped = tl.load(index + batch)
+    return mapped
+
+
+@triton.jit
+def batch_of(source, batch):
+    """The source batch that a query batch reads."""
+    mapped = map_batch(source.index, batch)
+    if source.shared:
+        mapped = 0
     return mapped
 
 

@@ -41,6 +41,7 @@ from ._attention_plan import (
 )
 from ._attention_tiles import (
     any_pair,
+    batch_of,
     biased,
     count,
     diagonal,
@@ -49,7 +50,6 @@ from ._attention_tiles import (
     load_rows,
     load_tile,
     locate,
-    map_batch,
     permitted,
     probabilities,
     store_rows,
@@ -307,7 +307,7 @@ def _query_take(
     PRECISION: tl.constexpr,
 ):
     """Add one source to dq / scale: the blocks that need no check, then the rest."""
-    source_batch = map_batch(source.index, batch)
+    source_batch = batch_of(source, batch)
     full, stop = key_limits(source, start_m, rows, BLOCK_M, BLOCK_N)
     acc = _query_walk(
         acc,
@@ -778,7 +778,7 @@ def _bias_step(
     PRECISION: tl.constexpr,
 ):
     """Add dS (or X) of one tile of (queries, keys)."""
-    source_batch = map_batch(source.index, batch)
+    source_batch = batch_of(source, batch)
     kv_head = head // source.repeat
     length = source.length
     query = load_tile(saved.query, batch, head, start_m, rows, BLOCK_M, BLOCK_D, D, True, WIDE)

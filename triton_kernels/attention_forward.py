@@ -30,12 +30,12 @@ from ._attention_tiles import (
     LN2,
     LOG2E,
     any_pair,
+    batch_of,
     blend_tile,
     key_limits,
     load_pairs,
     load_rows,
     load_tile,
-    map_batch,
     permitted,
     store_rows,
     store_tile,
@@ -245,7 +245,7 @@ def _take(
     PRECISION: tl.constexpr,
 ):
     """Absorb one source: first the blocks that need no bounds or causal check, then the rest."""
-    source_batch = map_batch(source.index, batch)
+    source_batch = batch_of(source, batch)
     full, stop = key_limits(source, start_m, rows, BLOCK_M, BLOCK_N)
     acc, top, norm = _walk(
         query,

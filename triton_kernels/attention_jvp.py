@@ -30,13 +30,13 @@ from ._attention_plan import (
 )
 from ._attention_tiles import (
     any_pair,
+    batch_of,
     biased,
     count,
     finite_lse,
     key_limits,
     load_rows,
     load_tile,
-    map_batch,
     permitted,
     probabilities,
     store_rows,
@@ -244,7 +244,7 @@ def _tangent_take(
     PRECISION: tl.constexpr,
 ):
     """Add one source: the blocks that need no check, then the rest."""
-    source_batch = map_batch(source.index, batch)
+    source_batch = batch_of(source, batch)
     full, stop = key_limits(source, start_m, rows, BLOCK_M, BLOCK_N)
     acc, mu, norm = _tangent_walk(
         acc,

@@ -70,6 +70,15 @@ class _Call(NamedTuple):
     bias: str = ""
     mask: str = ""
     causal: int = 0
+    wide: bool = False
+
+    def rows(self, length: int) -> torch.Tensor:
+        """(2, 8, length, width), ``wide``: with offsets inside a tile beyond 32 bits."""
+        shape = (2, 8, length, self.width)
+        if self.wide:
+            strides = (64, 128, 2**27, 1)
+            return torch.empty_strided(shape, strides, dtype=self.dtype, device="meta")
+        return _meta(*shape, dtype=self.dtype)
 
     def pair(self, kind: str, length: int, dtype: torch.dtype) -> torch.Tensor | None:
         if not kind:
@@ -78,8 +87,8 @@ class _Call(NamedTuple):
         return _meta(*shape, dtype=dtype).expand(2, 8, 1000, length)
 
     def arguments(self) -> tuple:
-        query = _meta(2, 8, 1000, self.width, dtype=self.dtype)
-        keys = [_meta(2, 8, length, self.width, dtype=self.dtype) for length in self.lengths]
+        query = self.rows(1000)
+        keys = [self.rows(length) for length in self.lengths]
         count = len(keys)
         biases = [self.pair(self.bias, length, self.dtype) for length in self.lengths]
         masks = [self.pair(self.mask, length, torch.bool) for length in self.lengths]
@@ -141,11 +150,13 @@ def cases() -> list[Case]:
         Case("forward fp16 D=40 3 sources", _Call(half, 40, (1024, 77, 4), bias="key").forward),
         Case("forward fp32 D=64", _Call(single, 64).forward),
         Case("forward bf16 D=256", _Call(brain, 256).forward),
+        Case("forward bf16 D=64 wide", _Call(brain, 64, wide=True).forward),
         Case("fused bf16 D=64 2 groups", _Call(brain, 64, (77, 16)).fused),
         Case("backward bf16 D=64", _Call(brain, 64).backward),
         Case("backward bf16 D=128", _Call(brain, 128).backward),
         Case("backward fp16 D=40 all", _Call(half, 40, (1000,), "key", "full", 2).backward),
         Case("backward fp32 D=64", _Call(single, 64).backward),
+        Case("backward bf16 D=64 wide", _Call(brain, 64, (1000,), "key", wide=True).backward),
         Case("jvp bf16 D=64", _Call(brain, 64).jvp),
         Case("jvp bf16 D=128", _Call(brain, 128).jvp),
         Case("jvp fp32 D=64", _Call(single, 64).jvp),
@@ -189,11 +200,15 @@ def resource_usage(cubin: bytes) -> tuple[int | None, int | None]:
 
 
 def check(name: str, position: int, arch: int) -> Result:
-    """Compile launch ``position`` of the case ``name``."""
-    case = next(case for case in cases() if case.name == name)
+    """Compile launch ``position`` of the case ``name`` (plans do not travel between processes)."""
+    return check_launch(next(case for case in cases() if case.name == name), position, arch)
+
+
+def check_launch(case: Case, position: int, arch: int) -> Result:
+    """Compile launch ``position`` of ``case`` for ``arch`` and judge it."""
     launch = case.plan()[position]
     tile = f"{launch.arguments['BLOCK_M']}x{launch.arguments['BLOCK_N']}"
-    identity = (name, launch.kernel.__name__, arch, tile, launch.options["num_warps"])
+    identity = (case.name, launch.kernel.__name__, arch, tile, launch.options["num_warps"])
     start = time.perf_counter()
     try:
         compiled = compile_launch(launch, arch)

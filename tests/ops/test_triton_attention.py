@@ -40,6 +40,31 @@ if not INTERPRETED:
         assert int(passed.group(1)) > 50
         assert "skipped" not in child.stdout
 
+    def test_compile_check_compiles_without_a_gpu():
+        command = [sys.executable, "-m", "transfuse.triton_kernels.compile_check", "--jobs", "1"]
+        child = subprocess.run(
+            [*command, "--only", "forward bf16 D=64 sm_90"], capture_output=True, text=True
+        )
+        assert child.returncode == 0, child.stdout + child.stderr
+        assert "1 kernels, 0 failed" in child.stdout
+        child = subprocess.run([*command, "--only", "sideways"], capture_output=True, text=True)
+        assert child.returncode == 2
+
+    def test_compile_check_fails_on_spills_and_on_too_much_shared_memory():
+        from transfuse.triton_kernels import compile_check
+
+        assert compile_check.verdict(80, 163 * 1024, 0, hot=True) == ""
+        assert compile_check.verdict(80, 1024, 8, hot=False) == ""
+        assert "spills 8" in compile_check.verdict(80, 1024, 8, hot=True)
+        assert "shared memory" in compile_check.verdict(80, 163 * 1024 + 1, 0, hot=False)
+        assert compile_check.verdict(90, 163 * 1024 + 1, 0, hot=False) == ""
+        # A launch that cannot be compiled is reported, not raised: 3 is no power of two.
+        case = compile_check.cases()[0]
+        launch = case.plan()[0]
+        broken = launch._replace(arguments={**launch.arguments, "BLOCK_M": 3})
+        error = compile_check.check_launch(case._replace(plan=lambda: [broken]), 0, 90).error
+        assert error
+
     def test_importing_the_package_does_not_import_triton():
         code = (
             "import sys, transfuse.triton_kernels; "
@@ -702,6 +727,31 @@ else:
         expected = attention.attention_forward(*problem.arguments())
         assert torch.equal(out, expected[0])
         assert torch.equal(lse, expected[1])
+
+    def test_wide_offsets(monkeypatch):
+        huge = torch.empty_strided((1, 1, 9, 8), (0, 0, 2**27, 1), device="meta")
+        assert _attention_plan.is_wide(_attention_plan.operand(huge))
+        problem = mixture(torch.float32)
+        assert not _attention_plan.is_wide(*map(_attention_plan.operand, problem.keys))
+        flags = [b is not None for b in problem.biases]
+
+        def everything():
+            out, lse = attention.attention_forward(*problem.arguments())
+            torch.manual_seed(1)
+            query_t, keys_t, values_t, biases_t = split(problem, tangents_like(problem))
+            given = (torch.ones_like(out), torch.ones_like(lse), *problem.arguments(), out, lse)
+            tangents = (query_t, keys_t, values_t, problem.expand(biases_t))
+            out_t, lse_t = attention.attention_jvp(*given[2:], *tangents)
+            first = flat(attention.attention_backward(*given, flags))
+            second = flat(attention.attention_jvp_backward(*given, *tangents, out_t, lse_t, flags))
+            return [out, lse, out_t, lse_t, *first, *second]
+
+        narrow = everything()
+        for module in ("forward", "backward", "jvp"):
+            target = f"transfuse.triton_kernels.attention_{module}.is_wide"
+            monkeypatch.setattr(target, lambda *records: True)
+        for a, b in zip(everything(), narrow, strict=True):
+            assert torch.equal(a, b)
 
     @by_dtype
     @pytest.mark.parametrize("groups", [[0, 0, 1, 1], [1, 0, 1, 0], [3, 2, 1, 0]], ids=str)
