@@ -198,18 +198,32 @@ inline int64_t row_offset(const Operand& o, int64_t r, int64_t* run) {
 template <class T>
 constexpr DType kDirect = sizeof(T) == 8 ? DType::f64 : DType::f32;
 
+// Contiguous numbers, and where the memory that will probably be read next begins. Arithmetic on a chunk that is in
+// the cache would leave the memory idle, so it is asked for the next one meanwhile. An address that is not there does
+// no harm: it is only ever prefetched.
+template <class T>
+struct Span {
+  const T* p;
+  const char* next;
+};
+
+TRANSFUSE_INLINE void prefetch(const char* p) { __builtin_prefetch(p, 0, 2); }
+
 // Rows [r, r + n) of a plane as contiguous numbers: in place where they are that already, else in `buffer`.
 template <class T>
-const T* fetch(const Group& g, const Operand& o, int64_t base, int64_t r, int64_t n, T* buffer) {
+Span<T> fetch(const Group& g, const Operand& o, int64_t base, int64_t r, int64_t n, T* buffer) {
+  int64_t offset = base;
   for (int64_t done = 0; done < n;) {
     int64_t run;
-    const int64_t offset = base + row_offset(o, r + done, &run);
+    offset = base + row_offset(o, r + done, &run);
     const int64_t take = std::min(run, n - done), stride = o.axes[o.axis_count - 1].stride;
-    if (take == n && stride == 1 && g.dtype == kDirect<T>) return reinterpret_cast<const T*>(o.ptr) + offset;
+    const char* next = o.ptr + (offset + take) * item_size(g.dtype);
+    if (take == n && stride == 1 && g.dtype == kDirect<T>) return {reinterpret_cast<const T*>(o.ptr) + offset, next};
     load_row(o.ptr, g.dtype, offset, stride, take, buffer + done);
+    if (take == n) return {buffer, stride == 1 ? next : o.ptr};
     done += take;
   }
-  return buffer;
+  return {buffer, o.ptr};
 }
 
 // ---- moments ---------------------------------------------------------------------------------------------------
@@ -224,9 +238,11 @@ TRANSFUSE_INLINE typename Simd<T>::V load_part(const T* p, int64_t n, T fill) {
 constexpr int pairs_of(int tensors) { return tensors == 1 ? 1 : tensors == 2 ? 2 : 4; }
 
 template <class T, int N>
-void chunk_moments(const T* const* p, int64_t n, AdainMoments* m) {
+void chunk_moments(const Span<T>* spans, int64_t n, int64_t item, AdainMoments* m) {
   using V = typename Simd<T>::V;
   constexpr int W = Simd<T>::W, U = N == 1 ? 4 : 2, P = pairs_of(N);
+  const T* p[N];
+  for (int k = 0; k < N; ++k) p[k] = spans[k].p;
   T centre[N];
   for (int k = 0; k < N; ++k) {
     const T pivot = p[k][0];
@@ -256,12 +272,15 @@ void chunk_moments(const T* const* p, int64_t n, AdainMoments* m) {
     }
   };
   int64_t i = 0;
-  for (; i + U * W <= n; i += U * W)
+  for (; i + U * W <= n; i += U * W) {
+    for (int k = 0; k < N; ++k)
+      for (int b = 0; b < U * W * (int)sizeof(T); b += 64) prefetch(spans[k].next + i * item + b);
     for (int u = 0; u < U; ++u) {
       V d[N];
       for (int k = 0; k < N; ++k) d[k] = load<V>(p[k] + i + u * W) - splat<T>(centre[k]);
       add(u, d);
     }
+  }
   for (; i < n; i += W) {
     V d[N];
     for (int k = 0; k < N; ++k)
@@ -293,10 +312,10 @@ void plane_moments(const Group& g, const Slab& s, int64_t begin, int64_t end, Ad
   *m = AdainMoments{};
   for (int64_t r = begin; r < end; r += kChunk) {
     const int64_t n = std::min(kChunk, end - r);
-    const T* p[N];
-    for (int k = 0; k < N; ++k) p[k] = fetch(g, g.in[k], s.in[k], r, n, buffer + k * kChunk);
+    Span<T> spans[N];
+    for (int k = 0; k < N; ++k) spans[k] = fetch(g, g.in[k], s.in[k], r, n, buffer + k * kChunk);
     AdainMoments part;
-    chunk_moments<T, N>(p, n, &part);
+    chunk_moments<T, N>(spans, n, item_size(g.dtype), &part);
     adain_merge(N, part, m);
   }
 }
@@ -447,9 +466,11 @@ struct Line {
 };
 
 template <class T, int N>
-void write_plane_chunk(const T* const* p, int64_t n, const Line<T, N>& line, T* dst, bool stream) {
+void write_plane_chunk(const Span<T>* spans, int64_t n, int64_t item, const Line<T, N>& line, T* dst, bool stream) {
   using V = typename Simd<T>::V;
   constexpr int W = Simd<T>::W;
+  const T* p[N];
+  for (int k = 0; k < N; ++k) p[k] = spans[k].p;
   const auto value = [&](int64_t i) {
     T v = line.offset;
     for (int k = 0; k < N; ++k) v += line.factor[k] * (p[k][i] - line.centre[k]);
@@ -460,12 +481,21 @@ void write_plane_chunk(const T* const* p, int64_t n, const Line<T, N>& line, T* 
     for (int k = 0; k < N; ++k) v += splat<T>(line.factor[k]) * (load<V>(p[k] + i) - splat<T>(line.centre[k]));
     return v;
   };
+  const auto ahead = [&](int64_t i) {
+    for (int k = 0; k < N; ++k) prefetch(spans[k].next + i * item);
+  };
   int64_t i = 0;
   if (stream) {
     for (; i < n && reinterpret_cast<uintptr_t>(dst + i) % sizeof(V) != 0; ++i) dst[i] = value(i);
-    for (; i + W <= n; i += W) store_past_cache(dst + i, vector(i));
+    for (; i + W <= n; i += W) {
+      ahead(i);
+      store_past_cache(dst + i, vector(i));
+    }
   }
-  for (; i + W <= n; i += W) store(dst + i, vector(i));
+  for (; i + W <= n; i += W) {
+    ahead(i);
+    store(dst + i, vector(i));
+  }
   for (; i < n; ++i) dst[i] = value(i);
 }
 
@@ -475,19 +505,19 @@ void write_plane(const Group& g, const Slab& s, int64_t begin, int64_t end, cons
   T* buffer = static_cast<T*>(thread_scratch(sizeof(T) * (N + 1) * kChunk));
   Line<T, N> line;
   line.set(c, m);
-  const int64_t out_stride = g.out.axes[g.out.axis_count - 1].stride;
+  const int64_t out_stride = g.out.axes[g.out.axis_count - 1].stride, item = item_size(g.dtype);
   const bool direct = g.dtype == kDirect<T> && out_stride == 1;
   for (int64_t r = begin; r < end;) {
     int64_t run;
     const int64_t offset = s.out + row_offset(g.out, r, &run);
     const int64_t n = std::min(std::min(kChunk, end - r), run);
-    const T* p[N];
-    for (int k = 0; k < N; ++k) p[k] = fetch(g, g.in[k], s.in[k], r, n, buffer + k * kChunk);
+    Span<T> spans[N];
+    for (int k = 0; k < N; ++k) spans[k] = fetch(g, g.in[k], s.in[k], r, n, buffer + k * kChunk);
     if (direct) {
-      write_plane_chunk<T, N>(p, n, line, reinterpret_cast<T*>(g.out.ptr) + offset, g.stream);
+      write_plane_chunk<T, N>(spans, n, item, line, reinterpret_cast<T*>(g.out.ptr) + offset, g.stream);
     } else {
       T* row = buffer + N * kChunk;
-      write_plane_chunk<T, N>(p, n, line, row, false);
+      write_plane_chunk<T, N>(spans, n, item, line, row, false);
       store_row(g.out.ptr, g.dtype, offset, out_stride, n, row);
     }
     r += n;

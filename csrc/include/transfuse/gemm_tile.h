@@ -52,7 +52,7 @@ TRANSFUSE_INLINE void micro_kernel(int64_t depth, const typename P::Unit* a, int
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 3
-    for (int v = 0; v < kVecs; ++v) acc[i][v] = accumulate ? load<V>(c + i * ldc + v * W) : V{};
+    for (int v = 0; v < kVecs; ++v) acc[i][v] = V{};
   int64_t k = depth;
   do {
     decltype(P::load_unit(b)) bv[kVecs];
@@ -67,6 +67,13 @@ TRANSFUSE_INLINE void micro_kernel(int64_t depth, const typename P::Unit* a, int
     a += kTransposed ? lda : 1;
     b += ldb;
   } while (--k > 0);
+  // Added at the end, not carried through: a sum over thousands of keys stays a sum of short sums.
+  if (accumulate) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 3
+      for (int v = 0; v < kVecs; ++v) acc[i][v] += load<V>(c + i * ldc + v * W);
+  }
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 3
