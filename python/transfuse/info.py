@@ -210,16 +210,16 @@ def _optional() -> dict[str, str]:
         requirements = importlib.metadata.requires("transfuse")
     except importlib.metadata.PackageNotFoundError:
         requirements = None
-    extras: dict[str, list[str]] = {}
+    extras: dict[str, str] = {}
     for requirement in requirements if requirements is not None else []:
-        name = re.match(r"[\w.-]+", requirement)
+        package = re.match(r"[\w.-]+", requirement)
         extra = re.search(r"extra\s*==\s*['\"]([\w-]+)['\"]", requirement)
-        if name is not None and extra is not None and name[0] != "transfuse":
-            extras.setdefault(name[0], []).append(extra[1])
+        if package is not None and extra is not None and package[0] != "transfuse":
+            extras.setdefault(package[0], extra[1])
     facts = {}
     for name, wanted_by in sorted(extras.items()):
         version = _version(name)
-        hint = f"not installed (extra transfuse[{wanted_by[0]}])"
+        hint = f"not installed (extra transfuse[{wanted_by}])"
         facts[name] = hint if version is None else version
     return facts
 

@@ -18,7 +18,7 @@ def test_sections():
     assert facts["versions"]["transfuse"] == transfuse.__version__
     assert facts["versions"]["torch"] == torch.__version__
     assert facts["cpu"]["threads"] == torch.get_num_threads()
-    assert facts["ops"]["attend"] == ["reference", "cpu", "triton"]
+    assert {"reference", "cpu", "triton"} <= set(facts["ops"]["attend"])
     assert "style_injection" in facts["methods"]["names"]
     assert facts["methods"]["count"] == len(facts["methods"]["names"])
     assert json.loads(json.dumps(facts)) == facts
