@@ -156,7 +156,9 @@ def auxiliary(name: str, value: Tensor, of: str, reference: Tensor) -> None:
 def index_map(
     name: str, value: object, length: int, bound: int, meaning: str, of: str, reference: Tensor
 ) -> Tensor:
-    """An integer tensor of shape ``(length,)`` with entries in ``[0, bound)``, returned as int64.
+    """An integer tensor of shape ``(length,)`` with entries in ``[0, bound)``.
+
+    Returned as int64 and contiguous, as kernels read it.
 
     Values are read on every call on the CPU. On other devices, where reading waits for the queue,
     they are read once for each index tensor and again after it was modified in place. They are not
@@ -177,7 +179,8 @@ def index_map(
         if extent is not None and (extent[0] < 0 or extent[1] >= bound):
             got = extent[0] if extent[0] < 0 else extent[1]
             raise ValueError(f"{name}: expected entries in [0, {bound}), got {got}")
-    return value if value.dtype == torch.int64 else value.to(torch.int64)
+    # Both do nothing, and return the tensor itself, in the usual case.
+    return value.to(torch.int64).contiguous()
 
 
 def _index_range(index: Tensor) -> tuple[int, int] | None:

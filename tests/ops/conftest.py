@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+
 from transfuse.testing import OpSpec, backends
 
 REQUIRE_NATIVE = "TRANSFUSE_REQUIRE_NATIVE"

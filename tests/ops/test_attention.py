@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+
 import transfuse
 from transfuse import _backend
 from transfuse.ops import KV, Blend, attend, attend_with_lse, merge_attention
@@ -235,8 +236,8 @@ def test_importing_the_ops_is_light():
     """Neither methods nor Triton, and not torch's compiler, which takes seconds to load."""
     code = (
         "import sys, transfuse, transfuse.ops; "
-        "heavy = [m for m in ('triton', 'torch._dynamo', 'diffusers', 'transfuse.methods', 'transfuse.testing', "
-        "'transfuse.triton_kernels') if m in sys.modules]; "
+        "heavy = [m for m in ('triton', 'torch._dynamo', 'diffusers', 'transfuse.methods', "
+        "'transfuse.testing', 'transfuse.triton_kernels') if m in sys.modules]; "
         "sys.exit(str(heavy) if heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

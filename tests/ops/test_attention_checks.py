@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+
 from transfuse import _checks
 from transfuse.ops import KV, Blend
 from transfuse.ops._sources import normalise, require_one_softmax

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+
 from transfuse.ops import KV, Blend
 from transfuse.ops._attention_reference import (
     attend_reference,

@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transfuse.testing import CallArgs, Case, OpSpec, functorch, inputs, oracle
+
+from transfuse.testing import CallArgs, Case, OpSpec, functorch, inputs, matrix, oracle
 from transfuse.testing.oracle import GRADIENT_UNITS, SECOND_UNITS, TANGENT_UNITS, VALUE_UNITS
 from transfuse.testing.spec import Outputs, Tensors
 from transfuse.testing.specs import all_specs
@@ -67,8 +68,10 @@ def _small(spec: OpSpec, backend: str, dtype: torch.dtype, case: Case) -> bool:
 
 def _repeatable(spec: OpSpec, backend: str, dtype: torch.dtype, case: Case) -> bool:
     """Cases large enough to be divided among threads, and some with everything else."""
-    return _small(spec, backend, dtype, case) and (
-        "tiny" not in case.tags or case.name in spec.gradcheck
+    return (
+        _small(spec, backend, dtype, case)
+        and dtype in (torch.float32, torch.bfloat16)
+        and ("tiny" not in case.tags or case.name in spec.gradcheck)
     )
 
 
@@ -300,7 +303,11 @@ def test_opcheck(spec: OpSpec, backend: str, device_for) -> None:
         torch.library.opcheck(call.op, call.args, dict(call.kwargs))
 
 
-@over("backend", "case", keep=lambda spec, backend, case: case.name == spec.gradcheck[0])
+@over(
+    "backend",
+    "case",
+    keep=lambda spec, backend, case: _kernel(backend) and case.name == spec.gradcheck[0],
+)
 def test_change_between_forward_and_backward_is_noticed(
     spec: OpSpec, backend: str, case: Case, device_for
 ) -> None:
@@ -309,7 +316,6 @@ def test_change_between_forward_and_backward_is_noticed(
     for name in j.names:
         own = {n: t.clone() for n, t in oracle.leaves(j.tensors, j.names).items()}
         results = j.fn(own)
-        own[name].data_ptr()  # a clone, so it may be changed in place
         with torch.no_grad():
             own[name].mul_(2.0)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -445,13 +451,15 @@ def test_documented(spec: OpSpec) -> None:
 def test_fuzz(spec: OpSpec, backend: str, dtype: torch.dtype, device_for) -> None:
     device = device_for(spec, backend, dtype)
 
-    # The same examples on every machine: a failure here is for everybody to see.
+    # The same examples on every machine: a failure here is for everybody to see. Shapes of one
+    # or two numbers average nothing out, hence the wider band for gradients.
     @settings(
         max_examples=FUZZ_EXAMPLES,
         deadline=None,
         derandomize=True,
         database=None,
         suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate, Phase.shrink],
     )
     @given(st.data())
     def check(data: st.DataObject) -> None:
@@ -462,7 +470,130 @@ def test_fuzz(spec: OpSpec, backend: str, dtype: torch.dtype, device_for) -> Non
         terms = tuple(j.tensors.values())
         problems = j.differences(results, j.values, units=VALUE_UNITS, terms=terms)
         results = j.gradients(j.fn, j.tensors)
-        problems += j.differences(results, j.gradients, units=GRADIENT_UNITS, terms=())
+        problems += j.differences(results, j.gradients, units=2 * GRADIENT_UNITS, terms=())
         assert not problems, "\n".join([case.name, *problems])
 
     check()
+
+
+# -- the contract itself ------------------------------------------------------------------------
+
+
+class _ZeroTangent(torch.autograd.Function):
+    """Right forward and backward, and a tangent that is silently zero."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.sin()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad * ctx.saved_tensors[0].cos()
+
+    @staticmethod
+    def jvp(ctx, tangent: Tensor) -> Tensor:
+        return torch.zeros_like(tangent)
+
+
+def _toy(op: Callable[..., Tensor]) -> OpSpec:
+    """A spec of ``sin`` for an implementation of it."""
+
+    def make(dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> CallArgs:
+        tensors = {"x": torch.randn(3, 4, generator=generator).to(device=device, dtype=dtype)}
+        return CallArgs(lambda op, tensors, backend: op(tensors["x"]), tensors)
+
+    return OpSpec(
+        name="toy",
+        op=op,
+        reference=torch.sin,
+        cases=(Case("case", make, ("x",), frozenset({"tiny"})),),
+        dtypes=(torch.float64,),
+        backends=("reference",),
+        flops=lambda args: 0,
+        bytes=lambda args: 0,
+        errors=(),
+        gradcheck=("case",),
+    )
+
+
+def _statuses(op: Callable[..., Tensor]) -> dict[str, str]:
+    spec = _toy(op)
+    checks = [check for check in functorch.CHECKS if check.kind != "compile"]
+    return {c.name: functorch.run(c, spec, spec.cases[0], backend=None).status for c in checks}
+
+
+def test_transforms_pass_a_right_op() -> None:
+    assert set(_statuses(torch.sin).values()) == {"right"}
+
+
+def test_transforms_catch_a_silent_zero() -> None:
+    found = _statuses(_ZeroTangent.apply)
+    assert found["backward"] == "right"
+    assert found["func.jvp"] == found["forward_ad"] == "wrong"
+    assert found["vmap, all tensors"] == "raises"
+    found = _statuses(lambda x: x.detach().sin() + 0.0 * x)
+    assert found["backward"] == found["func.grad"] == found["func.vjp"] == "wrong"
+
+
+@pytest.mark.parametrize("kind", inputs.FRAMES)
+def test_frames_catch_a_read_outside(kind: str) -> None:
+    x = inputs.framed(torch.ones(3, 4), kind)
+    assert torch.equal(x, torch.ones(3, 4))
+    beyond = x.as_strided((3, 5), x.stride(), x.storage_offset())
+    assert beyond.sum().isnan()
+
+
+@pytest.mark.parametrize("kind", inputs.STRIDES)
+def test_strides_keep_the_numbers(kind: str) -> None:
+    x = torch.arange(120.0).reshape(2, 3, 4, 5)
+    strided = inputs.strided(x, kind)
+    assert strided.shape == x.shape
+    assert kind in ("offset", "expanded") or not strided.is_contiguous()
+    if kind == "expanded":
+        assert strided.stride(0) == 0
+    else:
+        assert torch.equal(strided, x)
+
+
+def test_poison_catches_what_is_not_written() -> None:
+    with inputs.poisoned():
+        assert torch.empty(7).isnan().all()
+        assert torch.ones(3).new_empty((2, 2)).isnan().all()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_tolerance_rule() -> None:
+    truth = torch.tensor([1.0, -2.0, -torch.inf], dtype=torch.float64)
+    step = 4 * torch.finfo(torch.float32).eps * 2.0
+    close = truth.float() + torch.tensor([0.9 * step, 0.0, 0.0])
+    far = truth.float() + torch.tensor([2.1 * step, 0.0, 0.0])
+    assert oracle.compare(close, truth).ok
+    assert not oracle.compare(far, truth).ok
+    assert oracle.compare(far, truth, eager=close).ok  # eager torch is as far off
+    assert not oracle.compare(torch.full((3,), torch.nan), truth).ok
+    assert not oracle.compare(torch.tensor([1.0, -2.0, torch.inf]), truth).ok
+    assert not oracle.compare(torch.tensor([1.0, -2.0, -1e30]), truth).ok
+    assert not oracle.compare(close[:2], truth).ok
+    assert oracle.compare_all(
+        [close.double()], [truth], [close], units=4, terms=0.0, names=["x"]
+    ) == ["x: dtype torch.float64, expected torch.float32"]
+
+
+def test_matrix_keeps_rows_it_cannot_try() -> None:
+    tried = matrix.Row("attend", "cpu", ("float32", "yes", "yes", "yes", "yes", "yes"))
+    untried = matrix.Row("attend", "triton", None, "no CUDA device")
+    page = f"before\n{matrix.BEGIN}\n{matrix.END}\nafter"
+    first = matrix.render([tried, untried], matrix.between(page))
+    assert "not tried here: no CUDA device" in first
+    proven = first.replace("not tried here: no CUDA device", "float32")
+    page = matrix.replace(page, proven)
+    assert page.startswith("before\n")
+    assert page.endswith("\nafter")
+    assert matrix.render([tried, untried], matrix.between(page)) == proven
+    with pytest.raises(ValueError, match="expected the lines"):
+        matrix.between("no markers")

@@ -166,7 +166,7 @@ def _softmax(logits: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
     """Softmax and log-sum-exp over the last axis; a row that allows nothing gives 0 and -inf."""
     alive = allowed.any(dim=-1, keepdim=True)
     if logits.shape[-1] == 0:
-        peak = logits.new_zeros(logits.shape[:-1] + (1,))
+        peak = logits.new_zeros((*logits.shape[:-1], 1))
     else:
         # Both results do not depend on the peak, so it is a constant to autograd.
         peak = torch.where(allowed, logits.detach(), -torch.inf).amax(dim=-1, keepdim=True)

@@ -3,7 +3,8 @@
 A call is described by frozen dataclasses (:class:`KV`, :class:`Blend`); :func:`normalise` checks
 all of it and lays it out as the parallel lists that kernels and autograd take, one entry per
 source. After it nothing needs to be checked again. It touches metadata only (no tensor
-op beyond a view), is traceable by ``torch.compile(fullgraph=True)``, and costs tens of microseconds.
+op beyond a view), is traceable by ``torch.compile(fullgraph=True)``, and costs tens of
+microseconds.
 """
 
 from __future__ import annotations
@@ -220,7 +221,7 @@ def normalise_merge(
     lses: Sequence[Tensor],
     gates: Sequence[float | Tensor] | None,
 ) -> list[float | Tensor]:
-    """Check the arguments of ``merge_attention``; returns one gate per part, tensors rank-aligned."""
+    """Check the arguments of ``merge_attention``; returns one gate per part, tensors aligned."""
     for name, value in (("outs", outs), ("lses", lses), ("gates", gates)):
         if not isinstance(value, (list, tuple)) and not (name == "gates" and value is None):
             raise TypeError(f"{name}: expected a list or tuple, got {_checks.describe(value)}")
@@ -258,31 +259,9 @@ def normalise_merge(
 
 def _append(result: Normalised, name: str, source: KV, scale: float) -> None:
     """Check one source and append it to the lists."""
-    query, key, value = result.query, source.key, source.value
-    batch, heads, length, width = query.shape
-    _checks.tensor(f"{name}.key", key, _KEY_AXES)
-    _checks.tensor(f"{name}.value", value, _VALUE_AXES)
-    for part, tensor in (("key", key), ("value", value)):
-        _checks.same_dtype(f"{name}.{part}", tensor, "query", query)
-        _checks.same_device(f"{name}.{part}", tensor, "query", query)
-    own_batch, own_heads, keys, _ = key.shape
-    _checks.size(f"{name}.key", key, 3, width, "head dim of query")
-    _head_dim(f"{name}.value", value.shape[3])
-    _checks.size(f"{name}.value", value, 0, own_batch, "batch of key")
-    _checks.size(f"{name}.value", value, 1, own_heads, "heads of key")
-    _checks.size(f"{name}.value", value, 2, keys, "number of keys")
-    if len(result.values) > 0:
-        _checks.size(
-            f"{name}.key", key, 1, result.keys[0].shape[1], "head count of the first source"
-        )
-        _checks.size(
-            f"{name}.value", value, 3, result.values[0].shape[3], "value width of the first source"
-        )
-    if heads > 0 and (own_heads == 0 or heads % own_heads != 0):
-        raise ValueError(
-            f"{name}.key: expected a head count that divides the {heads} heads of query, "
-            f"got {own_heads} (shape {tuple(key.shape)})"
-        )
+    query, key = result.query, source.key
+    batch, heads, length, _ = query.shape
+    own_batch, keys = _check_pair(result, name, key, source.value)
     index = source.index
     if index is not None:
         index = _checks.index_map(
@@ -313,12 +292,11 @@ def _append(result: Normalised, name: str, source: KV, scale: float) -> None:
         other, weight, other_index = _blend(
             f"{name}.blend", source.blend, f"{name}.key", key, _KEY_OTHER_AXES, _KEY_ROW_AXES
         )
-    if isinstance(source.group, bool) or not isinstance(source.group, int) or source.group < 0:
-        raise ValueError(
-            f"{name}.group: expected an int >= 0, got {_checks.describe(source.group)}"
-        )
+    group = source.group
+    if isinstance(group, bool) or not isinstance(group, int) or group < 0:
+        raise ValueError(f"{name}.group: expected an int >= 0, got {_checks.describe(group)}")
     result.keys.append(key)
-    result.values.append(value)
+    result.values.append(source.value)
     result.key_others.append(other)
     result.key_weights.append(weight)
     result.key_indices.append(other_index)
@@ -327,7 +305,37 @@ def _append(result: Normalised, name: str, source: KV, scale: float) -> None:
     result.indices.append(index)
     result.scales.append(temperature * scale)
     result.causal.append(_checks.choice(f"{name}.causal", source.causal, _CAUSAL))
-    result.groups.append(source.group)
+    result.groups.append(group)
+
+
+def _check_pair(result: Normalised, name: str, key: Tensor, value: Tensor) -> tuple[int, int]:
+    """Key and value against the query, each other and the first source; returns (Bs, M)."""
+    query = result.query
+    _, heads, _, width = query.shape
+    key_name, value_name = f"{name}.key", f"{name}.value"
+    _checks.tensor(key_name, key, _KEY_AXES)
+    _checks.tensor(value_name, value, _VALUE_AXES)
+    for part, tensor in ((key_name, key), (value_name, value)):
+        _checks.same_dtype(part, tensor, "query", query)
+        _checks.same_device(part, tensor, "query", query)
+    batch, own_heads, keys, own_width = key.shape
+    *shared, value_width = value.shape
+    if own_width != width or shared != [batch, own_heads, keys]:
+        _checks.size(key_name, key, 3, width, "head dim of query")
+        _checks.size(value_name, value, 0, batch, "batch of key")
+        _checks.size(value_name, value, 1, own_heads, "heads of key")
+        _checks.size(value_name, value, 2, keys, "number of keys")
+    _head_dim(value_name, value_width)
+    if len(result.keys) > 0:
+        first = result.values[0].shape
+        _checks.size(key_name, key, 1, first[1], "head count of the first source")
+        _checks.size(value_name, value, 3, first[3], "value width of the first source")
+    if heads > 0 and (own_heads == 0 or heads % own_heads != 0):
+        raise ValueError(
+            f"{key_name}: expected a head count that divides the {heads} heads of query, "
+            f"got {own_heads} (shape {tuple(key.shape)})"
+        )
+    return batch, keys
 
 
 def _collect_gate(gates: dict[int, tuple[str, object]], name: str, source: KV) -> None:
