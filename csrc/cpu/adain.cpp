@@ -5,14 +5,14 @@
 // segments, at places that depend on the shape alone, so that results do not depend on the number of threads.
 // Short slabs are written while they are hot in the cache; long ones in groups that fit the last level.
 //
-// Moments are two passes over a chunk that stays in the first-level cache: means about its first element, then
-// centred products, corrected for the rounding of the mean. Chunks are merged in double. So a large mean or an outlier
-// costs no digits, and a constant plane has a deviation of exactly 0.
-#include "transfuse/adain.h"
-
+// Moments of a chunk that fits the first-level cache are taken about a sample of it, so that the sums hardly cancel,
+// and chunks are merged in double. So a large mean or an outlier costs no digits, and a constant plane has a deviation
+// of exactly 0.
 #include <algorithm>
 #include <vector>
 
+#include "transfuse/adain.h"
+#include "transfuse/adain_layout.h"
 #include "transfuse/vec.h"
 
 namespace transfuse {
@@ -20,7 +20,7 @@ namespace TRANSFUSE_ISA {
 namespace {
 
 constexpr int64_t kChunk = 2048;           // elements of a plane per chunk
-constexpr int64_t kRows = 16;              // rows of a multi-plane slab per chunk
+constexpr int64_t kRows = 32;              // rows of a multi-plane slab per chunk
 constexpr int64_t kMaxWidth = 1024;        // planes of a slab
 constexpr int64_t kMinWidth = 8;           // fewer neighbouring planes are gathered one by one
 constexpr int64_t kSegment = 65536;        // elements of a slab per segment
@@ -29,36 +29,12 @@ constexpr int64_t kTask = 16384;           // elements below which slabs share a
 constexpr int64_t kSerial = 32768;         // elements below which waking other threads does not pay
 constexpr int64_t kStreaming = 4 << 20;    // bytes of output above which it bypasses the cache
 
-struct Axis {
-  int64_t size, stride;
-};
-
-struct Operand {
-  char* ptr = nullptr;
-  int64_t kept_stride[kAdainMaxRank];
-  int64_t column_stride = 0;
-  Axis axes[kAdainMaxRank];  // reduced, slowest first, merged where they are one
-  int axis_count = 0;
-};
-
-// Content or style tensors: the same planes, each with strides of its own.
-struct Group {
-  DType dtype;
-  int inputs = 0;
-  Operand in[3], out;
-  int kept_count = 0;
-  int64_t kept_size[kAdainMaxRank], index_step[kAdainMaxRank], style_step[kAdainMaxRank];
-  int64_t columns = 1, column_index_step = 0, column_style_step = 0;
-  int64_t width = 1, blocks = 1;  // planes per slab, slabs per row of columns
-  int64_t planes = 1, slabs = 1, rows = 1;
+struct Group : AdainLayout {
   int64_t segment = 0, segments = 1;  // rows per segment
   bool stream = false;
 };
-
-struct Slab {
-  int64_t index, style, width;  // first plane, its style plane, number of planes
-  int64_t in[3], out;           // element offsets
-};
+using Slab = AdainSlab;
+using Operand = AdainOperand;
 
 // An array of one element without a heap, or of a slab's width.
 template <class X>
@@ -76,123 +52,14 @@ class PerPlane {
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-Operand describe_operand(const AdainTensor& t, const int* kept, int kept_count, int column, const int* order,
-                         int reduced_count, const int64_t* size) {
-  Operand o;
-  o.ptr = static_cast<char*>(t.ptr);
-  for (int i = 0; i < kept_count; ++i) o.kept_stride[i] = t.stride[kept[i]];
-  if (column >= 0) o.column_stride = t.stride[column];
-  for (int i = 0; i < reduced_count; ++i) {
-    const Axis a{size[order[i]], t.stride[order[i]]};
-    if (a.size == 1) continue;
-    Axis* last = o.axis_count > 0 ? &o.axes[o.axis_count - 1] : nullptr;
-    if (last != nullptr && last->stride == a.stride * a.size) {
-      last->size *= a.size;
-      last->stride = a.stride;
-    } else {
-      o.axes[o.axis_count++] = a;
-    }
-  }
-  if (o.axis_count == 0) o.axes[o.axis_count++] = {1, 0};
-  return o;
-}
-
 Group describe(const AdainArgs& args, bool content, AdainDirection direction) {
-  const int64_t* size = content ? args.content_size : args.style_size;
-  const AdainTensor* in = content ? args.content : args.style;
-  const AdainTensor& out = content ? args.out : args.style_out;
   Group g;
-  g.dtype = args.dtype;
-  g.inputs = content ? adain_content_inputs(direction) : adain_style_inputs(direction);
-  // Reduced axes in the order of memory of the first input, so that its planes are read forwards.
-  int order[kAdainMaxRank], reduced_count = 0;
-  for (int d = 0; d < args.rank; ++d) {
-    if (!args.reduced[d]) continue;
-    order[reduced_count++] = d;
-    g.rows *= size[d];
-  }
-  std::stable_sort(order, order + reduced_count,
-                   [&](int a, int b) { return in[0].stride[a] > in[0].stride[b]; });
-  int column = -1;
-  bool rows_contiguous = false;
-  for (int d = 0; d < args.rank; ++d) {
-    if (in[0].stride[d] != 1 || size[d] == 1) continue;
-    if (args.reduced[d])
-      rows_contiguous = true;
-    else if (size[d] >= kMinWidth)
-      column = d;
-  }
-  if (rows_contiguous) column = -1;
-  int kept[kAdainMaxRank];
-  int64_t index_step = 1, style_step = 1;
-  for (int d = args.rank - 1; d >= 0; --d) {
-    if (args.reduced[d]) continue;
-    const int64_t style = args.style_size[d] == 1 ? 0 : style_step;
-    if (d == column) {
-      g.columns = size[d];
-      g.column_index_step = index_step;
-      g.column_style_step = style;
-    } else if (size[d] != 1) {
-      kept[g.kept_count] = d;
-      g.kept_size[g.kept_count] = size[d];
-      g.index_step[g.kept_count] = index_step;
-      g.style_step[g.kept_count] = style;
-      ++g.kept_count;
-    }
-    index_step *= size[d];
-    style_step *= args.style_size[d];
-  }
-  g.planes = index_step;
-  for (int k = 0; k < g.inputs; ++k)
-    g.in[k] = describe_operand(in[k], kept, g.kept_count, column, order, reduced_count, size);
-  g.out = describe_operand(out, kept, g.kept_count, column, order, reduced_count, size);
-  if (column >= 0) {
-    g.blocks = (g.columns + kMaxWidth - 1) / kMaxWidth;
-    g.width = std::min(g.columns, round_up((g.columns + g.blocks - 1) / g.blocks, 64));
-    g.blocks = (g.columns + g.width - 1) / g.width;
-  }
-  g.slabs = g.planes / g.columns * g.blocks;
-  const int64_t unit = column >= 0 ? kRows : kChunk;
+  static_cast<AdainLayout&>(g) = adain_layout(args, content, direction, kMinWidth, kMaxWidth);
+  const int64_t unit = g.columns > 1 ? kRows : kChunk;
   g.segment = std::max(unit, kSegment / g.width / unit * unit);
   g.segments = (g.rows + g.segment - 1) / g.segment;
   g.stream = g.planes * g.rows * item_size(g.dtype) >= kStreaming;
   return g;
-}
-
-Slab slab_at(const Group& g, int64_t i) {
-  Slab s;
-  const int64_t block = i % g.blocks, first = block * g.width;
-  int64_t outer = i / g.blocks;
-  s.width = std::min(g.width, g.columns - first);
-  s.index = first * g.column_index_step;
-  s.style = first * g.column_style_step;
-  for (int k = 0; k < g.inputs; ++k) s.in[k] = first * g.in[k].column_stride;
-  s.out = first * g.out.column_stride;
-  for (int a = 0; a < g.kept_count; ++a) {  // fastest first
-    const int64_t at = outer % g.kept_size[a];
-    outer /= g.kept_size[a];
-    s.index += at * g.index_step[a];
-    s.style += at * g.style_step[a];
-    for (int k = 0; k < g.inputs; ++k) s.in[k] += at * g.in[k].kept_stride[a];
-    s.out += at * g.out.kept_stride[a];
-  }
-  return s;
-}
-
-// Element offset of row r; `run` becomes the number of rows that follow with the innermost stride.
-inline int64_t row_offset(const Operand& o, int64_t r, int64_t* run) {
-  const Axis& inner = o.axes[o.axis_count - 1];
-  if (o.axis_count == 1) {
-    *run = inner.size - r;
-    return r * inner.stride;
-  }
-  int64_t at = r % inner.size, rest = r / inner.size, offset = at * inner.stride;
-  *run = inner.size - at;
-  for (int a = o.axis_count - 2; a >= 0; --a) {
-    offset += rest % o.axes[a].size * o.axes[a].stride;
-    rest /= o.axes[a].size;
-  }
-  return offset;
 }
 
 template <class T>
@@ -215,7 +82,7 @@ Span<T> fetch(const Group& g, const Operand& o, int64_t base, int64_t r, int64_t
   int64_t offset = base;
   for (int64_t done = 0; done < n;) {
     int64_t run;
-    offset = base + row_offset(o, r + done, &run);
+    offset = base + adain_row(o, r + done, &run);
     const int64_t take = std::min(run, n - done), stride = o.axes[o.axis_count - 1].stride;
     const char* next = o.ptr + (offset + take) * item_size(g.dtype);
     if (take == n && stride == 1 && g.dtype == kDirect<T>) return {reinterpret_cast<const T*>(o.ptr) + offset, next};
@@ -235,6 +102,22 @@ TRANSFUSE_INLINE typename Simd<T>::V load_part(const T* p, int64_t n, T fill) {
   return v;
 }
 
+// Mean of up to 16 vectors spread over p[0..n). A power of two of equal numbers is summed exactly, in pairs.
+template <class T>
+T sample_mean(const T* p, int64_t n) {
+  using V = typename Simd<T>::V;
+  constexpr int W = Simd<T>::W;
+  if (n < W) return p[0];
+  int64_t samples = 16;
+  while (samples > n / W) samples /= 2;
+  const int64_t step = n / samples;
+  V sum[16];
+  for (int64_t i = 0; i < samples; ++i) sum[i] = load<V>(p + i * step);
+  for (int64_t half = samples / 2; half > 0; half /= 2)
+    for (int64_t i = 0; i < half; ++i) sum[i] += sum[i + half];
+  return horizontal_sum<T>(sum[0]) / (T)(samples * W);
+}
+
 constexpr int pairs_of(int tensors) { return tensors == 1 ? 1 : tensors == 2 ? 2 : 4; }
 
 template <class T, int N>
@@ -243,25 +126,10 @@ void chunk_moments(const Span<T>* spans, int64_t n, int64_t item, AdainMoments* 
   constexpr int W = Simd<T>::W, U = N == 1 ? 4 : 2, P = pairs_of(N);
   const T* p[N];
   for (int k = 0; k < N; ++k) p[k] = spans[k].p;
-  T centre[N];
-  for (int k = 0; k < N; ++k) {
-    const T pivot = p[k][0];
-    const V vp = splat<T>(pivot);
-    V sum[U];
-    for (int u = 0; u < U; ++u) sum[u] = V{};
-    int64_t i = 0;
-    for (; i + U * W <= n; i += U * W)
-      for (int u = 0; u < U; ++u) sum[u] += load<V>(p[k] + i + u * W) - vp;
-    for (; i + W <= n; i += W) sum[0] += load<V>(p[k] + i) - vp;
-    if (i < n) sum[U - 1] += load_part<T>(p[k] + i, n - i, pivot) - vp;
-    for (int u = 1; u < U; ++u) sum[0] += sum[u];
-    centre[k] = pivot + horizontal_sum<T>(sum[0]) / (T)n;
-  }
+  double rests[N];
+  T pivot[N];
+  for (int k = 0; k < N; ++k) pivot[k] = sample_mean(p[k], n);
   V rest[N][U], second[P][U];
-  for (int u = 0; u < U; ++u) {
-    for (int k = 0; k < N; ++k) rest[k][u] = V{};
-    for (int q = 0; q < P; ++q) second[q][u] = V{};
-  }
   const auto add = [&](int u, const V* d) {
     for (int k = 0; k < N; ++k) rest[k][u] += d[k];
     second[0][u] += d[0] * d[0];
@@ -271,34 +139,42 @@ void chunk_moments(const Span<T>* spans, int64_t n, int64_t item, AdainMoments* 
       second[3][u] += d[1] * d[2];
     }
   };
-  int64_t i = 0;
-  for (; i + U * W <= n; i += U * W) {
-    for (int k = 0; k < N; ++k)
-      for (int b = 0; b < U * W * (int)sizeof(T); b += 64) prefetch(spans[k].next + i * item + b);
-    for (int u = 0; u < U; ++u) {
-      V d[N];
-      for (int k = 0; k < N; ++k) d[k] = load<V>(p[k] + i + u * W) - splat<T>(centre[k]);
-      add(u, d);
-    }
-  }
-  for (; i < n; i += W) {
-    V d[N];
-    for (int k = 0; k < N; ++k)
-      d[k] = (i + W <= n ? load<V>(p[k] + i) : load_part<T>(p[k] + i, n - i, centre[k])) - splat<T>(centre[k]);
-    add(0, d);
-  }
   const auto fold = [](V* v) {
     for (int u = 1; u < U; ++u) v[0] += v[u];
     return (double)horizontal_sum<T>(v[0]);
   };
   const double count = (double)n;
-  double rests[3] = {0.0, 0.0, 0.0};
-  for (int k = 0; k < N; ++k) {
-    rests[k] = fold(rest[k]);
-    m->mean[k] = (double)centre[k] + rests[k] / count;
+  double squares;
+  for (int attempt = 0;; ++attempt) {
+    for (int u = 0; u < U; ++u) {
+      for (int k = 0; k < N; ++k) rest[k][u] = V{};
+      for (int q = 0; q < P; ++q) second[q][u] = V{};
+    }
+    int64_t i = 0;
+    for (; i + U * W <= n; i += U * W) {
+      for (int k = 0; k < N; ++k)
+        for (int b = 0; b < U * W * (int)sizeof(T); b += 64) prefetch(spans[k].next + i * item + b);
+      for (int u = 0; u < U; ++u) {
+        V d[N];
+        for (int k = 0; k < N; ++k) d[k] = load<V>(p[k] + i + u * W) - splat<T>(pivot[k]);
+        add(u, d);
+      }
+    }
+    for (; i < n; i += W) {
+      V d[N];
+      for (int k = 0; k < N; ++k)
+        d[k] = (i + W <= n ? load<V>(p[k] + i) : load_part<T>(p[k] + i, n - i, pivot[k])) - splat<T>(pivot[k]);
+      add(0, d);
+    }
+    squares = fold(second[0]);
+    for (int k = 0; k < N; ++k) rests[k] = fold(rest[k]);
+    // More than half of the squares were the pivot's distance from the mean: once more, about the mean.
+    if (attempt == 1 || !(rests[0] * rests[0] > 0.5 * count * squares)) break;
+    for (int k = 0; k < N; ++k) pivot[k] += (T)(rests[k] / count);
   }
+  for (int k = 0; k < N; ++k) m->mean[k] = (double)pivot[k] + rests[k] / count;
   m->count = count;
-  m->second[0] = std::max(fold(second[0]) - rests[0] * rests[0] / count, 0.0);  // in this order NaN stays
+  m->second[0] = std::max(squares - rests[0] * rests[0] / count, 0.0);  // in this order NaN stays
   if constexpr (N > 1) m->second[1] = fold(second[1]) - rests[0] * rests[1] / count;
   if constexpr (N > 2) {
     m->second[2] = fold(second[2]) - rests[0] * rests[2] / count;
@@ -339,10 +215,13 @@ TRANSFUSE_INLINE void column_moments(const T* const (*p)[kRows], int64_t rows, i
   };
   V centre[N], rest[N], second[P];
   for (int k = 0; k < N; ++k) {
-    const V pivot = read(k, 0);
-    V sum = V{};
-    for (int64_t r = 1; r < rows; ++r) sum += read(k, r) - pivot;
-    centre[k] = pivot + sum * splat<T>(T(1) / (T)rows);
+    // Mean of a quarter of the rows, or the first one; exact if all are equal.
+    centre[k] = read(k, 0);
+    if (rows == kRows) {
+      const V a = centre[k] + read(k, kRows / 8), b = read(k, kRows / 4) + read(k, 3 * kRows / 8);
+      const V c = read(k, kRows / 2) + read(k, 5 * kRows / 8), d = read(k, 3 * kRows / 4) + read(k, 7 * kRows / 8);
+      centre[k] = ((a + b) + (c + d)) * splat<T>(T(0.125));
+    }
     rest[k] = V{};
   }
   for (int q = 0; q < P; ++q) second[q] = V{};
@@ -389,7 +268,7 @@ TRANSFUSE_INLINE void column_moments(const T* const (*p)[kRows], int64_t rows, i
 template <class T>
 const T* fetch_columns(const Group& g, const Operand& o, int64_t base, int64_t width, int64_t r, T* buffer) {
   int64_t run;
-  const int64_t offset = base + row_offset(o, r, &run);
+  const int64_t offset = base + adain_row(o, r, &run);
   if (o.column_stride == 1 && g.dtype == kDirect<T>) return reinterpret_cast<const T*>(o.ptr) + offset;
   load_row(o.ptr, g.dtype, offset, o.column_stride, width, buffer);
   return buffer;
@@ -416,9 +295,22 @@ void slab_moments(const Group& g, const Slab& s, int64_t begin, int64_t end, Ada
     for (int k = 0; k < N; ++k)
       for (int64_t i = 0; i < rows; ++i)
         p[k][i] = fetch_columns(g, g.in[k], s.in[k], width, r + i, buffer + (k * kRows + i) * pitch);
+    // Rows are read side by side, which hides their order from the processor: the next ones are asked for here.
+    const char* next[N][kRows];
+    const int64_t coming = std::min(kRows, end - r - rows), item = item_size(g.dtype);
+    for (int k = 0; k < N; ++k)
+      for (int64_t i = 0; i < coming; ++i) {
+        int64_t run;
+        next[k][i] = g.in[k].ptr + (s.in[k] + adain_row(g.in[k], r + rows + i, &run)) * item;
+      }
     const double count = (double)(r - begin);
     int64_t at = 0;
-    for (; at + W <= width; at += W) column_moments<T, N, false>(p, rows, at, W, count, m);
+    for (; at + W <= width; at += W) {
+      if (at * item % 64 == 0)
+        for (int k = 0; k < N; ++k)
+          for (int64_t i = 0; i < coming; ++i) prefetch(next[k][i] + at * item);
+      column_moments<T, N, false>(p, rows, at, W, count, m);
+    }
     if (at < width) column_moments<T, N, true>(p, rows, at, width - at, count, m);
   }
   for (int64_t c = 0; c < width; ++c) {
@@ -509,7 +401,7 @@ void write_plane(const Group& g, const Slab& s, int64_t begin, int64_t end, cons
   const bool direct = g.dtype == kDirect<T> && out_stride == 1;
   for (int64_t r = begin; r < end;) {
     int64_t run;
-    const int64_t offset = s.out + row_offset(g.out, r, &run);
+    const int64_t offset = s.out + adain_row(g.out, r, &run);
     const int64_t n = std::min(std::min(kChunk, end - r), run);
     Span<T> spans[N];
     for (int k = 0; k < N; ++k) spans[k] = fetch(g, g.in[k], s.in[k], r, n, buffer + k * kChunk);
@@ -580,7 +472,7 @@ void slab_write(const Group& g, const Slab& s, int64_t begin, int64_t end, const
     const T* p[N];
     for (int k = 0; k < N; ++k) p[k] = fetch_columns(g, g.in[k], s.in[k], width, r, rows[k]);
     int64_t run;
-    const int64_t at = s.out + row_offset(g.out, r, &run);
+    const int64_t at = s.out + adain_row(g.out, r, &run);
     T* dst = direct ? reinterpret_cast<T*>(g.out.ptr) + at : result;
     write_row<T, N>(p, width, factor, centre, offset, dst, direct && g.stream);
     if (!direct) store_row(g.out.ptr, g.dtype, at, g.out.column_stride, width, result);
@@ -612,7 +504,7 @@ template <class T, int N>
 void all_moments(const Run& run, const Group& g, AdainMoments* out) {
   if (g.segments == 1) {
     each(run, g, g.slabs, g.width * g.rows, [&](int64_t i) {
-      const Slab s = slab_at(g, i);
+      const Slab s = adain_slab(g, i);
       PerPlane<AdainMoments> m(s.width);
       slab_moments<T, N>(g, s, 0, g.rows, m);
       for (int64_t c = 0; c < s.width; ++c) out[s.index + c * g.column_index_step] = m[c];
@@ -622,10 +514,10 @@ void all_moments(const Run& run, const Group& g, AdainMoments* out) {
   std::vector<AdainMoments> parts((size_t)(g.slabs * g.segments * g.width));
   each(run, g, g.slabs * g.segments, g.width * g.segment, [&](int64_t i) {
     const int64_t begin = i % g.segments * g.segment;
-    slab_moments<T, N>(g, slab_at(g, i / g.segments), begin, std::min(g.rows, begin + g.segment), &parts[i * g.width]);
+    slab_moments<T, N>(g, adain_slab(g, i / g.segments), begin, std::min(g.rows, begin + g.segment), &parts[i * g.width]);
   });
   each(run, g, g.slabs, g.width * g.segments, [&](int64_t i) {
-    const Slab s = slab_at(g, i);
+    const Slab s = adain_slab(g, i);
     for (int64_t c = 0; c < s.width; ++c) {
       AdainMoments m;
       for (int64_t part = 0; part < g.segments; ++part)
@@ -649,7 +541,7 @@ void content_pass(const Run& run, const Group& g, const AdainMoments* style, Ada
   const bool write = g.out.ptr != nullptr;
   if (g.segments == 1) {
     each(run, g, g.slabs, g.width * g.rows, [&](int64_t i) {
-      const Slab s = slab_at(g, i);
+      const Slab s = adain_slab(g, i);
       PerPlane<AdainMoments> m(s.width);
       PerPlane<AdainCoefficients> c(s.width);
       slab_moments<T, N>(g, s, 0, g.rows, m);
@@ -667,11 +559,11 @@ void content_pass(const Run& run, const Group& g, const AdainMoments* style, Ada
     const int64_t count = std::min(group, g.slabs - first);
     each(run, g, count * g.segments, g.width * g.segment, [&](int64_t i) {
       const int64_t begin = i % g.segments * g.segment;
-      slab_moments<T, N>(g, slab_at(g, first + i / g.segments), begin, std::min(g.rows, begin + g.segment),
+      slab_moments<T, N>(g, adain_slab(g, first + i / g.segments), begin, std::min(g.rows, begin + g.segment),
                          &parts[i * g.width]);
     });
     each(run, g, count, g.width * g.segments, [&](int64_t i) {
-      const Slab s = slab_at(g, first + i);
+      const Slab s = adain_slab(g, first + i);
       AdainMoments* m = &moments[i * g.width];
       for (int64_t c = 0; c < s.width; ++c) {
         m[c] = AdainMoments{};
@@ -683,7 +575,7 @@ void content_pass(const Run& run, const Group& g, const AdainMoments* style, Ada
     if (!write) continue;
     each(run, g, count * g.segments, g.width * g.segment, [&](int64_t i) {
       const int64_t slab = i / g.segments, begin = i % g.segments * g.segment;
-      slab_write<T, N>(g, slab_at(g, first + slab), begin, std::min(g.rows, begin + g.segment),
+      slab_write<T, N>(g, adain_slab(g, first + slab), begin, std::min(g.rows, begin + g.segment),
                        &coefficients[slab * g.width], &moments[slab * g.width]);
     });
   }
@@ -692,7 +584,7 @@ void content_pass(const Run& run, const Group& g, const AdainMoments* style, Ada
 template <class T, int N>
 void style_pass(const Run& run, const Group& g, const AdainMoments* moments, const AdainShare* shares) {
   each(run, g, g.slabs * g.segments, g.width * std::min(g.rows, g.segment), [&](int64_t i) {
-    const Slab s = slab_at(g, i / g.segments);
+    const Slab s = adain_slab(g, i / g.segments);
     const int64_t begin = i % g.segments * g.segment;
     PerPlane<AdainMoments> m(s.width);
     PerPlane<AdainCoefficients> c(s.width);
@@ -709,7 +601,7 @@ void style_pass(const Run& run, const Group& g, const AdainMoments* moments, con
 // Sums the shares of content planes by the style plane they use, in the order of their index.
 void gather_shares(const Group& content, const std::vector<AdainShare>& shares, std::vector<AdainShare>* out) {
   for (int64_t i = 0; i < content.slabs; ++i) {
-    const Slab s = slab_at(content, i);
+    const Slab s = adain_slab(content, i);
     for (int64_t c = 0; c < s.width; ++c) {
       const AdainShare& from = shares[s.index + c * content.column_index_step];
       AdainShare& to = (*out)[s.style + c * content.column_style_step];

@@ -14,6 +14,7 @@
 #include "transfuse/parallel.h"
 #include "transfuse/types.h"
 
+// Functions here are static: each ISA level and the device compile their own, and none may stand in for another.
 #if defined(__CUDACC__)
 #define TRANSFUSE_HD __host__ __device__
 #else
@@ -22,15 +23,15 @@
 
 namespace transfuse {
 
-constexpr int kAdainMaxRank = 16;
+constexpr int kAdainMaxRank = 12;
 
 enum class AdainDirection : int { forward = 0, backward, jvp, jvp_backward };
 
 // Input planes in this order. Content side: x; x, grad; x, x_t; x, grad, x_t. Style side: y; y; y, y_t; y, y_t.
-TRANSFUSE_HD constexpr int adain_content_inputs(AdainDirection d) {
+TRANSFUSE_HD static constexpr int adain_content_inputs(AdainDirection d) {
   return d == AdainDirection::forward ? 1 : d == AdainDirection::jvp_backward ? 3 : 2;
 }
-TRANSFUSE_HD constexpr int adain_style_inputs(AdainDirection d) {
+TRANSFUSE_HD static constexpr int adain_style_inputs(AdainDirection d) {
   return d == AdainDirection::forward || d == AdainDirection::backward ? 1 : 2;
 }
 
@@ -59,6 +60,11 @@ struct AdainKernels {
 // The kernels of the ISA level in use (see isa.h).
 const AdainKernels& adain_kernels();
 
+// The CUDA kernels, in a library of their own. Pointers are device memory; `moments` holds one AdainMoments per style
+// plane, `shares` one AdainShare per content plane (nullptr if there is no style_out); `stream` is a cudaStream_t of the
+// current device. Returns the message of an error, or nullptr.
+const char* adain_cuda(AdainDirection, const AdainArgs&, void* moments, void* shares, void* stream);
+
 // ---- mathematics of one statistic ------------------------------------------------------------------------------
 
 // Means and centred co-moments of up to three planes: second[] holds sums over (0,0), (0,1), (0,2), (1,2).
@@ -79,17 +85,17 @@ struct AdainShare {
   double mean = 0.0, std = 0.0, std_tangent = 0.0;
 };
 
-TRANSFUSE_HD inline double adain_std(double count, double second) {
+TRANSFUSE_HD static inline double adain_std(double count, double second) {
   return count > 1.0 ? sqrt(second / (count - 1.0)) : 0.0;
 }
 // 1/x, and 0 for 0: a constant plane has nothing to scale, and the derivative of its std is taken as 0. NaN stays NaN.
-TRANSFUSE_HD inline double adain_inverse(double x) { return x == 0.0 ? 0.0 : 1.0 / x; }
+TRANSFUSE_HD static inline double adain_inverse(double x) { return x == 0.0 ? 0.0 : 1.0 / x; }
 // d std / d t_i = adain_slope * (t_i - mean).
-TRANSFUSE_HD inline double adain_slope(double count, double std) {
+TRANSFUSE_HD static inline double adain_slope(double count, double std) {
   return count > 1.0 ? adain_inverse((count - 1.0) * std) : 0.0;
 }
 
-TRANSFUSE_HD inline void adain_content_rule(AdainDirection direction, double eps, const AdainMoments& x,
+TRANSFUSE_HD static inline void adain_content_rule(AdainDirection direction, double eps, const AdainMoments& x,
                                             const AdainMoments& y, AdainCoefficients* out, AdainShare* share) {
   const double std = adain_std(x.count, x.second[0]), style_std = adain_std(y.count, y.second[0]);
   const double scale = adain_inverse(std + eps), slope = adain_slope(x.count, std);
@@ -132,7 +138,7 @@ TRANSFUSE_HD inline void adain_content_rule(AdainDirection direction, double eps
 }
 
 // Gradient of the style plane from the sum of the shares of the content planes that use it.
-TRANSFUSE_HD inline void adain_style_rule(AdainDirection direction, const AdainMoments& y, const AdainShare& share,
+TRANSFUSE_HD static inline void adain_style_rule(AdainDirection direction, const AdainMoments& y, const AdainShare& share,
                                           AdainCoefficients* out) {
   const double std = adain_std(y.count, y.second[0]), slope = adain_slope(y.count, std);
   if (direction == AdainDirection::backward) {
@@ -146,7 +152,7 @@ TRANSFUSE_HD inline void adain_style_rule(AdainDirection direction, const AdainM
 }
 
 // Adds the moments of further elements (Chan, Golub & LeVeque). Means that agree exactly stay exact.
-TRANSFUSE_HD inline void adain_merge(int tensors, const AdainMoments& more, AdainMoments* m) {
+TRANSFUSE_HD static inline void adain_merge(int tensors, const AdainMoments& more, AdainMoments* m) {
   if (more.count == 0.0) return;
   const double total = m->count + more.count, part = more.count / total, cross = m->count * part;
   double gap[3];

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from transfuse import _checks
 
-# The kernels take 16; a mapped dimension of each vmap around the call is one more.
-MAX_RANK = 12
+# The kernels take 12; a mapped dimension of each vmap around the call is one more.
+MAX_RANK = 8
 
 
 def normalise(

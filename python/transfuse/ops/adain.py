@@ -37,7 +37,7 @@ def adain(
     with means and unbiased standard deviations (n - 1) taken over ``dims``.
 
     Args:
-        content: 1 to 12 dimensions, float32, float64, bfloat16 or float16; any strides
+        content: 1 to 8 dimensions, float32, float64, bfloat16 or float16; any strides
             (channels_last is as fast as contiguous).
         style: as many dimensions, same dtype and device. Dimensions in ``dims`` may have any extent
             of at least 1; the others are those of content, and the first (the batch) may also be 1.
