@@ -187,7 +187,7 @@ struct BackwardTask {
     const SourceView& src = args.sources[source];
     const SourceGradient& grad = args.gradients[source];
     const AttentionShape& shape = args.shape;
-    const int64_t group = shape.heads / shape.kv_heads, block = key_block<A>(src.length);
+    const int64_t group = shape.heads / shape.kv_heads, block = key_block<A>(src);
     for (int64_t j0 = 0; j0 < src.length; j0 += block) {
       const int64_t cols = src.length - j0 < block ? src.length - j0 : block;
       const int64_t padded = round_up(cols, kColumnStep);
@@ -278,7 +278,7 @@ template <class A, bool kTangent>
 static void bias_gradient(const AttentionBackward& args, const RowStatistics<A>& stats, int source, const Parallel& parallel) {
   const AttentionShape& shape = args.shape;
   const int64_t* st = args.gradients[source].bias.stride;
-  const int64_t length = args.sources[source].length, block = key_block<A>(length);
+  const int64_t length = args.sources[source].length, block = key_block<A>(args.sources[source]);
   const int64_t batches = st[0] != 0 ? shape.batch : 1, heads = st[1] != 0 ? shape.heads : 1;
   const int64_t row_blocks = st[2] != 0 ? (shape.queries + kBackwardRows - 1) / kBackwardRows : 1;
   const int64_t key_blocks = st[3] != 0 && st[2] == 0 ? (length + block - 1) / block : 1;

@@ -185,7 +185,7 @@ struct ForwardTask {
 
   void source(const SourceView& s, int64_t b, int64_t h, int64_t i0, int64_t count) {
     const int64_t sb = source_batch(s, b), kv_head = h / (args.shape.heads / args.shape.kv_heads);
-    const int64_t block = key_block<A>(s.length);
+    const int64_t block = key_block<A>(s);
     for (int64_t j0 = 0; j0 < s.length; j0 += block) {
       const int64_t cols = s.length - j0 < block ? s.length - j0 : block;
       const int64_t padded = round_up(cols, W);

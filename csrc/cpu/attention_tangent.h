@@ -70,7 +70,7 @@ struct TangentTask {
     const SourceTangent& tangent = args.tangents[index];
     const AttentionShape& shape = args.shape;
     const int64_t sb = source_batch(src, b), kv_head = h / (shape.heads / shape.kv_heads);
-    const int64_t block = key_block<A>(src.length);
+    const int64_t block = key_block<A>(src);
     for (int64_t j0 = 0; j0 < src.length; j0 += block) {
       const int64_t cols = src.length - j0 < block ? src.length - j0 : block, padded = round_up(cols, W);
       bool packed = false;

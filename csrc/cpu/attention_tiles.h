@@ -9,6 +9,7 @@ namespace TRANSFUSE_ISA {
 
 constexpr int kBlockRows = 32;        // query rows of one softmax tile
 constexpr int kBlockKeys = 96;        // keys of one tile: whole vectors, panels of three, at every vector width
+constexpr int kMaskBlockKeys = 64;
 constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
 
@@ -33,12 +34,13 @@ TRANSFUSE_INLINE int64_t source_batch(const SourceView& source, int64_t b) {
   return source.index != nullptr ? source.index[b] : source.batch == 1 ? 0 : b;
 }
 
-// Blocks of equal size for `length` keys: at most kBlockKeys each, whole vectors.
+// Keys of one block of a source: whole vectors, at most kBlockKeys. Without a mask, blocks of equal size; with one, 64
+// keys, which divide the blocks that masks are usually made of, so that hidden blocks can be skipped whole.
 template <class A>
-TRANSFUSE_INLINE int64_t key_block(int64_t length) {
-  if (length <= 0) return kBlockKeys;
-  const int64_t blocks = (length + kBlockKeys - 1) / kBlockKeys;
-  return round_up((length + blocks - 1) / blocks, Simd<A>::W);
+TRANSFUSE_INLINE int64_t key_block(const SourceView& source) {
+  if (source.mask.present()) return kMaskBlockKeys;
+  const int64_t blocks = (source.length + kBlockKeys - 1) / kBlockKeys;
+  return blocks == 0 ? kBlockKeys : round_up((source.length + blocks - 1) / blocks, Simd<A>::W);
 }
 
 TRANSFUSE_INLINE double weight_at(const Weight& w, int64_t b, int64_t h, int64_t i) {
