@@ -13,10 +13,9 @@ BIN := $(VENV)/bin
 PY := $(BIN)/python
 PIP := $(PY) -m pip --disable-pip-version-check
 CXX_SOURCES := $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu')
-# Folders are listed too: their time changes when a file is removed.
-PACKAGE_SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc python triton_kernels bench \
+# Folders are listed too: their time changes when a file is removed. (Not `bench`, a target's name.)
+PACKAGE_SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc python triton_kernels bench/* \
   \( -name __pycache__ -o -path bench/results \) -prune -o -print)
-# Levels a self-test build can run here; asked of the binary, so that none is forgotten.
 NATIVE := build/native
 SANITIZED := build/sanitized
 
