@@ -99,13 +99,13 @@ cuda-check: $(VENV)/.packages  ## compile the CUDA sources for sm_80 and sm_90, 
 	@if ! command -v nvcc >/dev/null; then echo "cuda-check: skipped, no nvcc on PATH"; exit 0; fi; \
 	set -e; include=$$($(PY) -c 'import os, torch; print(os.path.join(os.path.dirname(torch.__file__), "include"))'); \
 	mkdir -p build/cuda; \
-	for source in $$(find csrc/cuda -name '*.cu'); do for arch in 80 90; do \
+	for source in $$(find csrc -name '*.cu'); do for arch in 80 90; do \
 	  echo "nvcc $$source sm_$$arch"; \
 	  nvcc -c -std=c++20 -O3 -DUSE_CUDA -DTORCH_TARGET_VERSION=0x020a000000000000 \
 	    -gencode arch=compute_$$arch,code=sm_$$arch -Icsrc/include -isystem "$$include" \
 	    -o build/cuda/$$(basename $$source).$$arch.o $$source; \
 	done; done; \
-	echo "cuda-check: $$(find csrc/cuda -name '*.cu' | wc -l) sources"
+	echo "cuda-check: $$(find csrc -name '*.cu' | wc -l) sources"
 
 # ---- packages -------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 import transfuse
 
 TIMEOUT = 240  # seconds; importing torch on a loaded machine takes a while

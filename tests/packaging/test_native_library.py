@@ -9,6 +9,7 @@ import types
 import numpy as np
 import pytest
 import torch
+
 import transfuse
 from transfuse import _native
 from transfuse.ops import KV, attend
