@@ -454,13 +454,15 @@ def plan_fused(
     ]
 
     longest = max(keys[s].shape[2] for s in order)
+    grouped = sum(ends) > 1
+    blended = query_other is not None or any(other is not None for other in key_others)
     config = choose(
         "forward",
         query.dtype,
         max(width, value_width),
         rows,
         longest,
-        differs_per_row(biases, masks),
+        grouped or blended or differs_per_row(biases, masks),
     )
     blend = None
     if query_other is not None and (isinstance(query_weight, torch.Tensor) or query_weight != 0):
@@ -487,7 +489,6 @@ def plan_fused(
                 gate=gates[groups[s]] if end else 1.0,
             )
         )
-    grouped = sum(ends) > 1
     chunks = [records[at : at + MAX_SOURCES] for at in range(0, len(records), MAX_SOURCES)]
     carry = None
     if len(chunks) > 1:

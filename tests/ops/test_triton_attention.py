@@ -26,7 +26,9 @@ if not INTERPRETED:
 
     def test_kernels_under_the_interpreter():
         environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+        # The project's addopts are replaced: a second -q would drop the summary that is read here.
+        command = [sys.executable, "-m", "pytest", "-o", "addopts=--import-mode=importlib"]
+        command += ["-q", "-x", "-p", "no:cacheprovider"]
         child = subprocess.run(
             [*command, str(Path(__file__).resolve())],
             env=environment,
@@ -384,7 +386,7 @@ else:
     ]
     DTYPES = [torch.float32, torch.float16]
     CALLS = [(make, torch.float32) for make in PROBLEMS]
-    CALLS += [(make, torch.float16) for make in (plain, causal_upper, mixture, masked_rows)]
+    CALLS += [(make, torch.float16) for make in (plain, masked_rows)]
     by_call = pytest.mark.parametrize(
         ("make", "dtype"), CALLS, ids=[f"{make.__name__}-{dtype}" for make, dtype in CALLS]
     )
@@ -515,7 +517,7 @@ else:
         actual, results = jvp_backward_pair(problem, torch.float32, zero_bias_tangent=True)
         check_all(names_of(problem), actual, *results, torch.float32, 8)
 
-    @pytest.mark.parametrize("own", [0, 1, 2, 3, 4, 5, 8, 10, 12, 15])
+    @pytest.mark.parametrize("own", [0, 1, 2, 4, 8, 12, 15])
     def test_bias_gradient_has_the_shape_the_bias_has(own):
         full = (2, 2, 17, 18)
         shape = [size if own >> axis & 1 else 1 for axis, size in enumerate(full)]
@@ -731,7 +733,7 @@ else:
     def test_wide_offsets(monkeypatch):
         huge = torch.empty_strided((1, 1, 9, 8), (0, 0, 2**27, 1), device="meta")
         assert _attention_plan.is_wide(_attention_plan.operand(huge))
-        problem = mixture(torch.float32)
+        problem = key_bias(torch.float32)
         assert not _attention_plan.is_wide(*map(_attention_plan.operand, problem.keys))
         flags = [b is not None for b in problem.biases]
 
