@@ -622,8 +622,10 @@ _LSE_NAMES = (
     "primes",
     "tile 65",
 )
-# Kernels are differentiated twice; a compiled graph once.
+# Kernels are differentiated twice; a compiled graph once. torch runs a batched backward outside the
+# transforms that autograd functions see.
 _REFUSES = {
+    "batched backward": "Batching rule not implemented",
     "jvp of jvp": "one more forward-mode derivative is not implemented",
     "compile, double backward": "a compiled graph holds first derivatives only",
     "compile, func.grad": "do not support torch.func transforms",
