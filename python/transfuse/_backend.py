@@ -75,7 +75,8 @@ def why_not(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> 
         return None
     if device.type != "cuda":
         return f"the tensors are on {device}, the cuda backend needs a CUDA device"
-    return "the CUDA library is not loaded"
+    state = _native.cuda_status()
+    return None if state.loaded else f"the CUDA library is not loaded: {state.reason}"
 
 
 def choose(op: str, backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
