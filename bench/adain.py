@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+
 from transfuse.ops import adain
 
 from .cases import GRAD, Case, Setup, Target, Tensors, Workload

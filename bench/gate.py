@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+
 from transfuse.testing.oracle import (
     GRADIENT_UNITS,
     SECOND_UNITS,

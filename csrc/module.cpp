@@ -57,7 +57,7 @@ FloatArray attend_float32(const FloatArray& query, const FloatArray& key, const 
   if (query.ndim() != 4 || key.ndim() != 4 || value.ndim() != 4)
     throw py::value_error("query, key and value must have 4 axes (batch, head, token, channel)");
   if (threads < 1) throw py::value_error("threads must be at least 1");
-  transfuse::AttentionShape s{query.shape(0), query.shape(1), key.shape(1),   query.shape(2),
+  transfuse::AttentionShape s{query.shape(0), query.shape(1), key.shape(1),         query.shape(2),
                               query.shape(3), value.shape(3), transfuse::DType::f32};
   const bool fits = key.shape(0) == s.batch && value.shape(0) == s.batch && value.shape(1) == s.kv_heads &&
                     value.shape(2) == key.shape(2) && key.shape(3) == s.key_dim && s.kv_heads > 0 &&
@@ -91,7 +91,8 @@ double measure_peak(double (*kernel)(double), int threads, double seconds) {
   py::gil_scoped_release release;
   std::vector<double> rate((size_t)threads, 0.0);
   std::vector<std::thread> workers;
-  for (int i = 1; i < threads; ++i) workers.emplace_back([&rate, i, kernel, seconds] { rate[(size_t)i] = kernel(seconds); });
+  for (int i = 1; i < threads; ++i)
+    workers.emplace_back([&rate, i, kernel, seconds] { rate[(size_t)i] = kernel(seconds); });
   rate[0] = kernel(seconds);
   for (auto& w : workers) w.join();
   double total = 0;
@@ -105,8 +106,9 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Build report and raw entry points of transfuse's CPU kernels.";
   m.def("build_info", &build_info, "Version, compiler and torch headers this binary was built with.");
   m.def("isa_report", &isa_report, "ISA levels: name, whether compiled in, whether this processor runs them.");
-  m.def("isa_in_use", [] { return transfuse::isa_name(transfuse::isa_in_use()); },
-        "The ISA level the kernels run at (TRANSFUSE_CPU_ISA forces one; read once).");
+  m.def(
+      "isa_in_use", [] { return transfuse::isa_name(transfuse::isa_in_use()); },
+      "The ISA level the kernels run at (TRANSFUSE_CPU_ISA forces one; read once).");
   m.def(
       "measure_peak_flops",
       [](int threads, double seconds) { return measure_peak(transfuse::peak_kernels().fma_float, threads, seconds); },

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
 from transfuse.methods.diffusion_control.style_injection import adain_latent, inject
 
 from ..cases import Unavailable

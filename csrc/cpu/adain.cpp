@@ -19,15 +19,15 @@ namespace transfuse {
 namespace TRANSFUSE_ISA {
 namespace {
 
-constexpr int64_t kChunk = 2048;           // elements of a plane per chunk
-constexpr int64_t kRows = 32;              // rows of a multi-plane slab per chunk
-constexpr int64_t kMaxWidth = 1024;        // planes of a slab
-constexpr int64_t kMinWidth = 8;           // fewer neighbouring planes are gathered one by one
-constexpr int64_t kSegment = 65536;        // elements of a slab per segment
-constexpr int64_t kGroup = 8 << 20;        // bytes of input between its two passes
-constexpr int64_t kTask = 16384;           // elements below which slabs share a task
-constexpr int64_t kSerial = 32768;         // elements below which waking other threads does not pay
-constexpr int64_t kStreaming = 4 << 20;    // bytes of output above which it bypasses the cache
+constexpr int64_t kChunk = 2048;         // elements of a plane per chunk
+constexpr int64_t kRows = 32;            // rows of a multi-plane slab per chunk
+constexpr int64_t kMaxWidth = 1024;      // planes of a slab
+constexpr int64_t kMinWidth = 8;         // fewer neighbouring planes are gathered one by one
+constexpr int64_t kSegment = 65536;      // elements of a slab per segment
+constexpr int64_t kGroup = 8 << 20;      // bytes of input between its two passes
+constexpr int64_t kTask = 16384;         // elements below which slabs share a task
+constexpr int64_t kSerial = 32768;       // elements below which waking other threads does not pay
+constexpr int64_t kStreaming = 4 << 20;  // bytes of output above which it bypasses the cache
 
 struct Group : AdainLayout {
   int64_t segment = 0, segments = 1;  // rows per segment
@@ -107,7 +107,15 @@ template <class T>
 T sample_mean(const T* p, int64_t n) {
   using V = typename Simd<T>::V;
   constexpr int W = Simd<T>::W;
-  if (n < W) return p[0];
+  if (n < W) {
+    T part[W];
+    int64_t count = 1;
+    while (2 * count <= n) count *= 2;
+    for (int64_t i = 0; i < count; ++i) part[i] = p[i];
+    for (int64_t half = count / 2; half > 0; half /= 2)
+      for (int64_t i = 0; i < half; ++i) part[i] += part[i + half];
+    return part[0] / (T)count;
+  }
   int64_t samples = 16;
   while (samples > n / W) samples /= 2;
   const int64_t step = n / samples;
@@ -214,14 +222,14 @@ TRANSFUSE_INLINE void column_moments(const T* const (*p)[kRows], int64_t rows, i
     return load<V>(p[k][r] + at);
   };
   V centre[N], rest[N], second[P];
+  const int64_t samples = rows >= 8 ? 8 : rows >= 4 ? 4 : rows >= 2 ? 2 : 1;
   for (int k = 0; k < N; ++k) {
-    // Mean of a quarter of the rows, or the first one; exact if all are equal.
-    centre[k] = read(k, 0);
-    if (rows == kRows) {
-      const V a = centre[k] + read(k, kRows / 8), b = read(k, kRows / 4) + read(k, 3 * kRows / 8);
-      const V c = read(k, kRows / 2) + read(k, 5 * kRows / 8), d = read(k, 3 * kRows / 4) + read(k, 7 * kRows / 8);
-      centre[k] = ((a + b) + (c + d)) * splat<T>(T(0.125));
-    }
+    // Mean of up to eight rows, summed in pairs: exact if all are equal.
+    V sample[8];
+    for (int64_t i = 0; i < samples; ++i) sample[i] = read(k, i * rows / samples);
+    for (int64_t half = samples / 2; half > 0; half /= 2)
+      for (int64_t i = 0; i < half; ++i) sample[i] += sample[i + half];
+    centre[k] = sample[0] * splat<T>(T(1) / (T)samples);
     rest[k] = V{};
   }
   for (int q = 0; q < P; ++q) second[q] = V{};
@@ -255,8 +263,7 @@ TRANSFUSE_INLINE void column_moments(const T* const (*p)[kRows], int64_t rows, i
       mean += gap[k] * part;
     }
     m.second[0][at + i] += (double)seconds[0][i] - e[0] * e[0] * inverse + gap[0] * gap[0] * cross;
-    if constexpr (N > 1)
-      m.second[1][at + i] += (double)seconds[1][i] - e[0] * e[1] * inverse + gap[0] * gap[1] * cross;
+    if constexpr (N > 1) m.second[1][at + i] += (double)seconds[1][i] - e[0] * e[1] * inverse + gap[0] * gap[1] * cross;
     if constexpr (N > 2) {
       m.second[2][at + i] += (double)seconds[2][i] - e[0] * e[2] * inverse + gap[0] * gap[2] * cross;
       m.second[3][at + i] += (double)seconds[3][i] - e[1] * e[2] * inverse + gap[1] * gap[2] * cross;
@@ -514,7 +521,8 @@ void all_moments(const Run& run, const Group& g, AdainMoments* out) {
   std::vector<AdainMoments> parts((size_t)(g.slabs * g.segments * g.width));
   each(run, g, g.slabs * g.segments, g.width * g.segment, [&](int64_t i) {
     const int64_t begin = i % g.segments * g.segment;
-    slab_moments<T, N>(g, adain_slab(g, i / g.segments), begin, std::min(g.rows, begin + g.segment), &parts[i * g.width]);
+    slab_moments<T, N>(g, adain_slab(g, i / g.segments), begin, std::min(g.rows, begin + g.segment),
+                       &parts[i * g.width]);
   });
   each(run, g, g.slabs, g.width * g.segments, [&](int64_t i) {
     const Slab s = adain_slab(g, i);

@@ -39,9 +39,9 @@ TRANSFUSE_INLINE A shift_of(A lse) {
 // Row statistics of the whole call, (batch, head, token) contiguous.
 template <class A>
 struct RowStatistics {
-  const A* delta;   // D
-  const A* rho;     // only with tangents
-  const A* mu;      // only with tangents
+  const A* delta;  // D
+  const A* rho;    // only with tangents
+  const A* mu;     // only with tangents
 };
 
 template <class A, bool kTangent>
@@ -56,9 +56,9 @@ struct BackwardTask {
   int64_t ldd, ldv, ldk;
   int key_vecs, value_vecs;
 
-  A *q, *g, *qt;                  // query rows, gradient rows, query tangent rows
+  A *q, *g, *qt;  // query rows, gradient rows, query tangent rows
   A *k, *kt, *key_t, *key_tangent_t, *value_t, *value_tangent_t, *value_rows;
-  A *s, *w, *t, *z;               // tiles
+  A *s, *w, *t, *z;  // tiles
   A *dq, *dk, *dv, *bias_row;
 
   BackwardTask(const AttentionBackward& a, const RowStatistics<A>& r) : args(a), rows(r) {
@@ -109,7 +109,8 @@ struct BackwardTask {
     if (kTangent) {
       const SourceTangent& tangent = args.tangents[source];
       pack_transposed(tangent.key, sb, kv_head, j0, cols, padded, args.shape.key_dim, kt, ldd, key_tangent_t);
-      pack_transposed(tangent.value, sb, kv_head, j0, cols, padded, args.shape.value_dim, value_rows, ldv, value_tangent_t);
+      pack_transposed(tangent.value, sb, kv_head, j0, cols, padded, args.shape.value_dim, value_rows, ldv,
+                      value_tangent_t);
     }
   }
 
@@ -212,7 +213,8 @@ struct BackwardTask {
         for (int64_t d = 0; d < shape.key_dim; ++d) row[d] *= (A)src.scale;
         const int64_t* ks = grad.key.stride;
         const int64_t* vs = grad.value.stride;
-        store_row(grad.key.ptr, grad.key.dtype, sb * ks[0] + kv_head * ks[1] + (j0 + j) * ks[2], ks[3], shape.key_dim, row);
+        store_row(grad.key.ptr, grad.key.dtype, sb * ks[0] + kv_head * ks[1] + (j0 + j) * ks[2], ks[3], shape.key_dim,
+                  row);
         store_row(grad.value.ptr, grad.value.dtype, sb * vs[0] + kv_head * vs[1] + (j0 + j) * vs[2], vs[3],
                   shape.value_dim, dv + j * ldv);
       }
@@ -258,7 +260,8 @@ struct BackwardTask {
     const A* ds = kTangent ? s : w;
     const MutableView& out = args.gradients[source].bias;
     for (int64_t r = 0; r < count; ++r) {
-      A* row = static_cast<A*>(out.ptr) + b * out.stride[0] + h * out.stride[1] + (i0 + r) * out.stride[2] + j0 * out.stride[3];
+      A* row = static_cast<A*>(out.ptr) + b * out.stride[0] + h * out.stride[1] + (i0 + r) * out.stride[2] +
+               j0 * out.stride[3];
       for (int64_t j = 0; j < cols; ++j) row[j * out.stride[3]] += ds[r * ldk + j];
     }
   }
@@ -275,7 +278,8 @@ static A row_product(const View& x, const View& y, int64_t b, int64_t h, int64_t
 
 // dbias of one source. Tasks never share an element of the (possibly reduced) bias gradient.
 template <class A, bool kTangent>
-static void bias_gradient(const AttentionBackward& args, const RowStatistics<A>& stats, int source, const Parallel& parallel) {
+static void bias_gradient(const AttentionBackward& args, const RowStatistics<A>& stats, int source,
+                          const Parallel& parallel) {
   const AttentionShape& shape = args.shape;
   const int64_t* st = args.gradients[source].bias.stride;
   const int64_t length = args.sources[source].length, block = key_block<A>(args.sources[source]);
@@ -293,7 +297,8 @@ static void bias_gradient(const AttentionBackward& args, const RowStatistics<A>&
     for (int64_t b = bb; b < b_end; ++b)
       for (int64_t h = bh; h < h_end; ++h)
         for (int64_t i0 = rb * kBackwardRows; i0 < i_end && i0 < shape.queries; i0 += kBackwardRows)
-          for (int64_t j0 = kb * block; j0 < j_end && j0 < length; j0 += block) t.bias_tile(source, b, h, i0, j0, block);
+          for (int64_t j0 = kb * block; j0 < j_end && j0 < length; j0 += block)
+            t.bias_tile(source, b, h, i0, j0, block);
   });
 }
 

@@ -38,7 +38,8 @@ struct KeyBlockPacker<DotBf16> {
       uint16_t* half = reinterpret_cast<uint16_t*>(packed + j * pairs);
       half[2 * pairs - 1] = 0;
       if (direct) {
-        const uint16_t* k = (const uint16_t*)s.key.ptr + sb * s.key.stride[0] + h * s.key.stride[1] + (j0 + j) * s.key.stride[2];
+        const uint16_t* k =
+            (const uint16_t*)s.key.ptr + sb * s.key.stride[0] + h * s.key.stride[1] + (j0 + j) * s.key.stride[2];
         std::memcpy(half, k, n * sizeof(uint16_t));
       } else {
         load_token(s.key, sb, h, j0 + j, n, &s.key_blend, other, other + n);
@@ -51,7 +52,8 @@ struct KeyBlockPacker<DotBf16> {
                      uint32_t* dst, int64_t ld) {
     for (int64_t j = 0; j < cols; j += 2) {
       uint32_t* out = dst + j / 2 * ld;
-      const uint16_t* v = (const uint16_t*)s.value.ptr + sb * s.value.stride[0] + h * s.value.stride[1] + (j0 + j) * s.value.stride[2];
+      const uint16_t* v =
+          (const uint16_t*)s.value.ptr + sb * s.value.stride[0] + h * s.value.stride[1] + (j0 + j) * s.value.stride[2];
       const uint16_t* next = v + s.value.stride[2];
       const int64_t step = s.value.stride[3];
       if (j + 1 < cols) {
@@ -79,7 +81,7 @@ struct ForwardTask {
   static constexpr int W = Simd<A>::W;
 
   const AttentionForward& args;
-  int64_t chunk;                                    // query rows of a task
+  int64_t chunk;  // query rows of a task
   int64_t depth_units, ldq, ldo, ldv, lds, ldp;
   int value_vecs;
 

@@ -112,7 +112,8 @@ struct TangentTask {
       for (int64_t j = 0; j < padded; ++j) bias_row[j] = A(0);
       if (tangent.bias.present()) {
         const int64_t* bs = tangent.bias.stride;
-        load_row(tangent.bias.ptr, tangent.bias.dtype, b * bs[0] + h * bs[1] + (i0 + r) * bs[2] + j0 * bs[3], bs[3], cols, bias_row);
+        load_row(tangent.bias.ptr, tangent.bias.dtype, b * bs[0] + h * bs[1] + (i0 + r) * bs[2] + j0 * bs[3], bs[3],
+                 cols, bias_row);
       }
       V total{};
       for (int v = 0; v < vecs; ++v) {

@@ -7,8 +7,8 @@
 namespace transfuse {
 namespace TRANSFUSE_ISA {
 
-constexpr int kBlockRows = 32;        // query rows of one softmax tile
-constexpr int kBlockKeys = 96;        // keys of one tile: whole vectors, panels of three, at every vector width
+constexpr int kBlockRows = 32;  // query rows of one softmax tile
+constexpr int kBlockKeys = 96;  // keys of one tile: whole vectors, panels of three, at every vector width
 constexpr int kMaskBlockKeys = 64;
 constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
@@ -45,7 +45,8 @@ TRANSFUSE_INLINE int64_t key_block(const SourceView& source) {
 
 TRANSFUSE_INLINE double weight_at(const Weight& w, int64_t b, int64_t h, int64_t i) {
   if (!w.view.present()) return w.value;
-  return load_scalar<double>(w.view.ptr, w.view.dtype, b * w.view.stride[0] + h * w.view.stride[1] + i * w.view.stride[2]);
+  return load_scalar<double>(w.view.ptr, w.view.dtype,
+                             b * w.view.stride[0] + h * w.view.stride[1] + i * w.view.stride[2]);
 }
 
 // dst[0..n) = x[b, h, token, :], blended when asked. `other` is scratch of n elements.

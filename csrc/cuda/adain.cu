@@ -1,10 +1,11 @@
-// adain on CUDA (see adain.h for the algebra, adain_layout.h for the geometry). Free of torch, so that nvcc, which reads
-// every header once per architecture, has little to read; adain.cpp beside it registers the ops.
+// adain on CUDA (see adain.h for the algebra, adain_layout.h for the geometry). Free of torch, so that nvcc, which
+// reads every header once per architecture, has little to read; adain.cpp beside it registers the ops.
 //
-// One block takes one content plane, or 32 neighbouring ones where they lie side by side (channels_last): moments of the
-// style plane, moments of the content plane, factors, result. A plane is read from memory once; its second and third
-// reading (centred products, writing) come from the caches. Contiguous planes are read and written 16 bytes at a time.
-// Sums are trees of fixed shape over the threads of a block, without atomics, so the same bits come out every time.
+// One block takes one content plane, or 32 neighbouring ones where they lie side by side (channels_last): moments of
+// the style plane, moments of the content plane, factors, result. A plane is read from memory once; its second and
+// third reading (centred products, writing) come from the caches. Contiguous planes are read and written 16 bytes at a
+// time. Sums are trees of fixed shape over the threads of a block, without atomics, so the same bits come out every
+// time.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -15,8 +16,8 @@ namespace transfuse {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kTile = 32;         // neighbouring planes per block
-constexpr int kMinColumns = 8;    // fewer are taken one by one
+constexpr int kTile = 32;       // neighbouring planes per block
+constexpr int kMinColumns = 8;  // fewer are taken one by one
 constexpr int kPackBytes = 16;
 
 template <class M>
@@ -80,7 +81,8 @@ __device__ inline bool packed(const AdainOperand& o, int64_t base, int64_t rows)
 
 // Calls body(values, r, count) for the elements of this thread: `values[k][i]` is element r + i of input k.
 template <class M, int N, class F>
-__device__ inline void for_elements(const AdainLayout& g, const AdainSlab& s, const Place& p, bool packs, const F& body) {
+__device__ inline void for_elements(const AdainLayout& g, const AdainSlab& s, const Place& p, bool packs,
+                                    const F& body) {
   using A = typename Arithmetic<M>::A;
   constexpr int kSize = Pack<M>::kSize;
   A values[N][kSize];
@@ -118,7 +120,8 @@ __device__ AdainMoments block_moments(const AdainLayout& g, const AdainSlab& s, 
   for (int k = 0; k < N; ++k) packs = packs && packed<M>(g.in[k], s.in[k], g.rows);
   A centre[N], sum[N] = {}, second[P] = {};
   for (int k = 0; k < N; ++k)
-    centre[k] = p.live ? widen(reinterpret_cast<const M*>(g.in[k].ptr)[s.in[k] + p.column * g.in[k].column_stride]) : A(0);
+    centre[k] =
+        p.live ? widen(reinterpret_cast<const M*>(g.in[k].ptr)[s.in[k] + p.column * g.in[k].column_stride]) : A(0);
   for_elements<M, N>(g, s, p, packs, [&](const auto& values, int64_t, int count) {
 #pragma unroll
     for (int i = 0; i < Pack<M>::kSize; ++i)
@@ -304,20 +307,20 @@ int grid_of(const AdainLayout& g) { return (int)(g.slabs < 0x7fffffff ? g.slabs 
 
 template <class M, int NX, int NY>
 cudaError_t launch_typed(AdainDirection direction, const AdainArgs& args, AdainMoments* moments, AdainShare* shares,
-                  cudaStream_t stream) {
+                         cudaStream_t stream) {
   const AdainLayout content = adain_layout(args, true, direction, kMinColumns, kTile);
   const AdainLayout style = adain_layout(args, false, direction, kMinColumns, kTile);
   moments_kernel<M, NY><<<grid_of(style), kThreads, 0, stream>>>(style, moments);
   content_kernel<M, NX><<<grid_of(content), kThreads, 0, stream>>>({content, direction, args.eps, shares}, moments);
   if (shares != nullptr)
-    style_kernel<M, NY><<<grid_of(style), kThreads, 0, stream>>>({style, direction, args.eps, shares}, moments,
-                                                                 find_repeats(args));
+    style_kernel<M, NY>
+        <<<grid_of(style), kThreads, 0, stream>>>({style, direction, args.eps, shares}, moments, find_repeats(args));
   return cudaGetLastError();
 }
 
 template <class M>
 cudaError_t launch_direction(AdainDirection direction, const AdainArgs& args, AdainMoments* moments, AdainShare* shares,
-                      cudaStream_t stream) {
+                             cudaStream_t stream) {
   switch (direction) {
     case AdainDirection::forward: return launch_typed<M, 1, 1>(direction, args, moments, shares, stream);
     case AdainDirection::backward: return launch_typed<M, 2, 1>(direction, args, moments, shares, stream);

@@ -19,8 +19,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transfuse, m) {
   m.def(
       "adain_backward(Tensor grad, Tensor content, Tensor style, int[] dims, float eps, bool content_grad, bool "
       "style_grad) -> (Tensor, Tensor)");
-  m.def(
-      "adain_jvp(Tensor content, Tensor style, Tensor content_t, Tensor style_t, int[] dims, float eps) -> Tensor");
+  m.def("adain_jvp(Tensor content, Tensor style, Tensor content_t, Tensor style_t, int[] dims, float eps) -> Tensor");
   m.def(
       "adain_jvp_backward(Tensor grad, Tensor content, Tensor style, Tensor content_t, Tensor style_t, int[] dims, "
       "float eps, bool content_grad, bool style_grad) -> (Tensor, Tensor)");

@@ -114,8 +114,8 @@ struct AdainOps {
   // A gradient that is not wanted is an empty tensor.
   static std::tuple<Tensor, Tensor> gradients(AdainDirection direction, AdainCall& call, const Tensor& content,
                                               const Tensor& style, bool content_grad, bool style_grad) {
-    Tensor to_content = content_grad ? torch::stable::empty_like(content)
-                                     : new_empty(content, {0}, content.scalar_type());
+    Tensor to_content =
+        content_grad ? torch::stable::empty_like(content) : new_empty(content, {0}, content.scalar_type());
     Tensor to_style = style_grad ? torch::stable::empty_like(style) : new_empty(style, {0}, style.scalar_type());
     if (content_grad) call.args.out = adain_result(to_content);
     if (style_grad) call.args.style_out = adain_result(to_style);

@@ -1,7 +1,7 @@
 // Registration of the attention ops: the differentiable core (one softmax group) in its four directions, and the fused
 // inference op with groups, gates and blends.
-#include "torch_glue.h"
 #include "transfuse/attention.h"
+#include "torch_glue.h"
 
 namespace transfuse {
 namespace {
@@ -13,8 +13,8 @@ struct Call {
 
 // The bias of source i is biases[bias_at[i]]; -1 means none. (Autograd of raw ops follows Tensor[] but not Tensor?[].)
 Call describe(const Tensor& query, const TensorList& keys, const TensorList& values, const TensorList& biases,
-              const std::vector<int64_t>& bias_at, const OptionalTensorList& masks, const OptionalTensorList& indices, const std::vector<double>& scales,
-              const std::vector<int64_t>& causal) {
+              const std::vector<int64_t>& bias_at, const OptionalTensorList& masks, const OptionalTensorList& indices,
+              const std::vector<double>& scales, const std::vector<int64_t>& causal) {
   Call call;
   const size_t n = keys.size();
   STD_TORCH_CHECK(n > 0, "keys must hold at least one source");
@@ -35,7 +35,6 @@ Call describe(const Tensor& query, const TensorList& keys, const TensorList& val
                   "head dims must be in 1..256, got ", s.key_dim, " and ", s.value_dim);
   STD_TORCH_CHECK(s.heads == 0 || (s.kv_heads > 0 && s.heads % s.kv_heads == 0), "query heads (", s.heads,
                   ") must be a multiple of key heads (", s.kv_heads, ")");
-  if (s.heads == 0) s.kv_heads = s.kv_heads > 0 ? s.kv_heads : 1;
   for (size_t i = 0; i < n; ++i) {
     const std::string at = "[" + std::to_string(i) + "]";
     SourceView v;
@@ -59,7 +58,8 @@ Call describe(const Tensor& query, const TensorList& keys, const TensorList& val
         STD_TORCH_CHECK(v.index[b] >= 0 && v.index[b] < v.batch, "indices", at, " holds ", v.index[b],
                         ", which is outside 0..", v.batch - 1);
     } else {
-      STD_TORCH_CHECK(v.batch == 1 || v.batch == s.batch, "keys", at, " must have batch 1 or ", s.batch, ", got ", v.batch);
+      STD_TORCH_CHECK(v.batch == 1 || v.batch == s.batch, "keys", at, " must have batch 1 or ", s.batch, ", got ",
+                      v.batch);
     }
     if (bias_at[i] >= 0) {
       STD_TORCH_CHECK(bias_at[i] < (int64_t)biases.size(), "bias_at", at, " must be below ", biases.size());
@@ -87,21 +87,29 @@ Tensor new_output(const Tensor& query, int64_t width) {
 }
 
 std::tuple<Tensor, Tensor> attention_forward(const Tensor& query, const TensorList& keys, const TensorList& values,
-                                             const TensorList& biases, const std::vector<int64_t>& bias_at, const OptionalTensorList& masks,
-                                             const OptionalTensorList& indices, const std::vector<double>& scales,
-                                             const std::vector<int64_t>& causal) {
+                                             const TensorList& biases, const std::vector<int64_t>& bias_at,
+                                             const OptionalTensorList& masks, const OptionalTensorList& indices,
+                                             const std::vector<double>& scales, const std::vector<int64_t>& causal) {
   const Call call = describe(query, keys, values, biases, bias_at, masks, indices, scales, causal);
   const AttentionShape& s = call.shape;
   Tensor out = new_output(query, s.value_dim);
   Tensor lse = new_empty(query, {s.batch, s.heads, s.queries}, statistics_type(s.dtype));
   const Weight gate;
-  AttentionForward args{s, view_of(query, "query"), {}, call.sources.data(), (int)call.sources.size(), 1, &gate,
-                        mutable_view_of(out), lse.mutable_data_ptr()};
+  AttentionForward args{s,
+                        view_of(query, "query"),
+                        {},
+                        call.sources.data(),
+                        (int)call.sources.size(),
+                        1,
+                        &gate,
+                        mutable_view_of(out),
+                        lse.mutable_data_ptr()};
   attention_kernels().forward(args, torch_parallel());
   return {out, lse};
 }
 
-Weight weight_of(double value, const OptionalTensor& tensor, const std::vector<int64_t>& shape, const std::string& name) {
+Weight weight_of(double value, const OptionalTensor& tensor, const std::vector<int64_t>& shape,
+                 const std::string& name) {
   Weight w;
   w.value = value;
   if (tensor.has_value()) {
@@ -133,13 +141,16 @@ BlendView blend_of(const OptionalTensor& other, double weight, const OptionalTen
   return v;
 }
 
-std::tuple<Tensor, Tensor> attention_fused(
-    const Tensor& query, const OptionalTensor& query_other, double query_weight, const OptionalTensor& query_weights,
-    const OptionalTensor& query_index, const TensorList& keys, const TensorList& values,
-    const OptionalTensorList& key_others, const std::vector<double>& key_weight, const OptionalTensorList& key_weights,
-    const OptionalTensorList& key_indices, const TensorList& biases, const std::vector<int64_t>& bias_at, const OptionalTensorList& masks,
-    const OptionalTensorList& indices, const std::vector<double>& scales, const std::vector<int64_t>& causal,
-    const std::vector<int64_t>& groups, const std::vector<double>& gate, const OptionalTensorList& gates) {
+std::tuple<Tensor, Tensor> attention_fused(const Tensor& query, const OptionalTensor& query_other, double query_weight,
+                                           const OptionalTensor& query_weights, const OptionalTensor& query_index,
+                                           const TensorList& keys, const TensorList& values,
+                                           const OptionalTensorList& key_others, const std::vector<double>& key_weight,
+                                           const OptionalTensorList& key_weights, const OptionalTensorList& key_indices,
+                                           const TensorList& biases, const std::vector<int64_t>& bias_at,
+                                           const OptionalTensorList& masks, const OptionalTensorList& indices,
+                                           const std::vector<double>& scales, const std::vector<int64_t>& causal,
+                                           const std::vector<int64_t>& groups, const std::vector<double>& gate,
+                                           const OptionalTensorList& gates) {
   Call call = describe(query, keys, values, biases, bias_at, masks, indices, scales, causal);
   const AttentionShape& s = call.shape;
   const size_t n = keys.size();
@@ -244,10 +255,11 @@ Gradients run_backward(const Call& call, AttentionBackward args, const Tensor& q
 }
 
 Gradients attention_backward(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query,
-                             const TensorList& keys, const TensorList& values, const TensorList& biases, const std::vector<int64_t>& bias_at,
-                             const OptionalTensorList& masks, const OptionalTensorList& indices,
-                             const std::vector<double>& scales, const std::vector<int64_t>& causal, const Tensor& out,
-                             const Tensor& lse, const std::vector<bool>& bias_grads) {
+                             const TensorList& keys, const TensorList& values, const TensorList& biases,
+                             const std::vector<int64_t>& bias_at, const OptionalTensorList& masks,
+                             const OptionalTensorList& indices, const std::vector<double>& scales,
+                             const std::vector<int64_t>& causal, const Tensor& out, const Tensor& lse,
+                             const std::vector<bool>& bias_grads) {
   const Call call = describe(query, keys, values, biases, bias_at, masks, indices, scales, causal);
   AttentionBackward args{};
   args.shape = call.shape;
@@ -262,10 +274,11 @@ Gradients attention_backward(const Tensor& grad_out, const OptionalTensor& grad_
 }
 
 std::tuple<Tensor, Tensor> attention_jvp(const Tensor& query, const TensorList& keys, const TensorList& values,
-                                         const TensorList& biases, const std::vector<int64_t>& bias_at, const OptionalTensorList& masks,
-                                         const OptionalTensorList& indices, const std::vector<double>& scales,
-                                         const std::vector<int64_t>& causal, const Tensor& out, const Tensor& lse,
-                                         const Tensor& query_t, const TensorList& keys_t, const TensorList& values_t,
+                                         const TensorList& biases, const std::vector<int64_t>& bias_at,
+                                         const OptionalTensorList& masks, const OptionalTensorList& indices,
+                                         const std::vector<double>& scales, const std::vector<int64_t>& causal,
+                                         const Tensor& out, const Tensor& lse, const Tensor& query_t,
+                                         const TensorList& keys_t, const TensorList& values_t,
                                          const OptionalTensorList& biases_t) {
   const Call call = describe(query, keys, values, biases, bias_at, masks, indices, scales, causal);
   const AttentionShape& s = call.shape;
@@ -287,12 +300,13 @@ std::tuple<Tensor, Tensor> attention_jvp(const Tensor& query, const TensorList& 
 }
 
 Gradients attention_jvp_backward(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query,
-                                 const TensorList& keys, const TensorList& values, const TensorList& biases, const std::vector<int64_t>& bias_at,
-                                 const OptionalTensorList& masks, const OptionalTensorList& indices,
-                                 const std::vector<double>& scales, const std::vector<int64_t>& causal,
-                                 const Tensor& out, const Tensor& lse, const Tensor& query_t, const TensorList& keys_t,
-                                 const TensorList& values_t, const OptionalTensorList& biases_t, const Tensor& out_t,
-                                 const Tensor& lse_t, const std::vector<bool>& bias_grads) {
+                                 const TensorList& keys, const TensorList& values, const TensorList& biases,
+                                 const std::vector<int64_t>& bias_at, const OptionalTensorList& masks,
+                                 const OptionalTensorList& indices, const std::vector<double>& scales,
+                                 const std::vector<int64_t>& causal, const Tensor& out, const Tensor& lse,
+                                 const Tensor& query_t, const TensorList& keys_t, const TensorList& values_t,
+                                 const OptionalTensorList& biases_t, const Tensor& out_t, const Tensor& lse_t,
+                                 const std::vector<bool>& bias_grads) {
   const Call call = describe(query, keys, values, biases, bias_at, masks, indices, scales, causal);
   const std::vector<SourceTangent> tangents = tangents_of(call, keys_t, values_t, biases_t);
   AttentionBackward args{};
@@ -314,8 +328,8 @@ Gradients attention_jvp_backward(const Tensor& grad_out, const OptionalTensor& g
 }  // namespace
 }  // namespace transfuse
 
-#define TRANSFUSE_CORE_ARGS                                                                                          \
-  "Tensor query, Tensor[] keys, Tensor[] values, Tensor[] biases, int[] bias_at, Tensor?[] masks, Tensor?[] "        \
+#define TRANSFUSE_CORE_ARGS                                                                                   \
+  "Tensor query, Tensor[] keys, Tensor[] values, Tensor[] biases, int[] bias_at, Tensor?[] masks, Tensor?[] " \
   "indices, float[] scales, int[] causal"
 #define TRANSFUSE_TANGENT_ARGS "Tensor query_t, Tensor[] keys_t, Tensor[] values_t, Tensor?[] biases_t"
 
@@ -323,14 +337,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transfuse, m) {
   m.def("attention_forward(" TRANSFUSE_CORE_ARGS ") -> (Tensor, Tensor)");
   m.def("attention_backward(Tensor grad_out, Tensor? grad_lse, " TRANSFUSE_CORE_ARGS
         ", Tensor out, Tensor lse, bool[] bias_grads) -> (Tensor, Tensor[], Tensor[], Tensor[])");
-  m.def("attention_jvp(" TRANSFUSE_CORE_ARGS ", Tensor out, Tensor lse, " TRANSFUSE_TANGENT_ARGS ") -> (Tensor, Tensor)");
+  m.def("attention_jvp(" TRANSFUSE_CORE_ARGS ", Tensor out, Tensor lse, " TRANSFUSE_TANGENT_ARGS
+        ") -> (Tensor, Tensor)");
   m.def("attention_jvp_backward(Tensor grad_out, Tensor? grad_lse, " TRANSFUSE_CORE_ARGS
         ", Tensor out, Tensor lse, " TRANSFUSE_TANGENT_ARGS
         ", Tensor out_t, Tensor lse_t, bool[] bias_grads) -> (Tensor, Tensor[], Tensor[], Tensor[])");
   m.def(
       "attention_fused(Tensor query, Tensor? query_other, float query_weight, Tensor? query_weights, Tensor? "
       "query_index, Tensor[] keys, Tensor[] values, Tensor?[] key_others, float[] key_weight, Tensor?[] key_weights, "
-      "Tensor?[] key_indices, Tensor[] biases, int[] bias_at, Tensor?[] masks, Tensor?[] indices, float[] scales, int[] causal, "
+      "Tensor?[] key_indices, Tensor[] biases, int[] bias_at, Tensor?[] masks, Tensor?[] indices, float[] scales, "
+      "int[] causal, "
       "int[] groups, float[] gate, Tensor?[] gates) -> (Tensor, Tensor)");
 }
 

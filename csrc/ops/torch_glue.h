@@ -31,7 +31,8 @@ inline DType dtype_of(const Tensor& t, const char* name) {
     case ScalarType::BFloat16: return DType::bf16;
     case ScalarType::Half: return DType::f16;
     default:
-      STD_TORCH_CHECK(false, name, " must be float32, float64, bfloat16 or float16, got ", torch::headeronly::toString(t.scalar_type()));
+      STD_TORCH_CHECK(false, name, " must be float32, float64, bfloat16 or float16, got ",
+                      torch::headeronly::toString(t.scalar_type()));
   }
   return DType::f32;
 }

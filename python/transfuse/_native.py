@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 
 REBUILD = (
-    "Rebuild it with `pip install --no-build-isolation --force-reinstall --no-deps .` in a checkout "
-    "of transfuse (or reinstall the wheel)."
+    "Rebuild it with `pip install --no-build-isolation --force-reinstall --no-deps .` in a "
+    "checkout of transfuse (or reinstall the wheel)."
 )
 
 
@@ -63,7 +63,10 @@ def _load() -> NativeStatus:
         module.isa_in_use()
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:
-        reason = f"{path.name} does not fit torch {torch.__version__} or this machine ({error}). {REBUILD}"
+        reason = (
+            f"{path.name} does not fit torch {torch.__version__} or this machine ({error}). "
+            f"{REBUILD}"
+        )
         return NativeStatus(False, reason, str(path))
     return NativeStatus(True, None, str(path))
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+
 import transfuse.integrations.diffusers as integration
 from transfuse.integrations.diffusers import AttendProcessor, patch
 from transfuse.methods.diffusion_control.style_injection import (

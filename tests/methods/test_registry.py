@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+
 import transfuse.methods as methods
 import transfuse.ops
 from transfuse._registry import KINDS, MethodRegistry

@@ -9,6 +9,7 @@ import json
 import numpy as np
 import pytest
 import torch
+
 from transfuse.bench import allocator, harness, inputs, machine, memory, peers, records, report
 from transfuse.bench.__main__ import main
 from transfuse.bench.cases import (

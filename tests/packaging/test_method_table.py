@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 import transfuse.methods as methods
 from transfuse.methods.__main__ import BEGIN, END, main, replace_table
 

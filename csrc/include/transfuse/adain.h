@@ -61,8 +61,8 @@ struct AdainKernels {
 const AdainKernels& adain_kernels();
 
 // The CUDA kernels, in a library of their own. Pointers are device memory; `moments` holds one AdainMoments per style
-// plane, `shares` one AdainShare per content plane (nullptr if there is no style_out); `stream` is a cudaStream_t of the
-// current device. Returns the message of an error, or nullptr.
+// plane, `shares` one AdainShare per content plane (nullptr if there is no style_out); `stream` is a cudaStream_t of
+// the current device. Returns the message of an error, or nullptr.
 const char* adain_cuda(AdainDirection, const AdainArgs&, void* moments, void* shares, void* stream);
 
 // ---- mathematics of one statistic ------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ TRANSFUSE_HD static inline double adain_slope(double count, double std) {
 }
 
 TRANSFUSE_HD static inline void adain_content_rule(AdainDirection direction, double eps, const AdainMoments& x,
-                                            const AdainMoments& y, AdainCoefficients* out, AdainShare* share) {
+                                                   const AdainMoments& y, AdainCoefficients* out, AdainShare* share) {
   const double std = adain_std(x.count, x.second[0]), style_std = adain_std(y.count, y.second[0]);
   const double scale = adain_inverse(std + eps), slope = adain_slope(x.count, std);
   const double gain = style_std * scale;
@@ -138,8 +138,8 @@ TRANSFUSE_HD static inline void adain_content_rule(AdainDirection direction, dou
 }
 
 // Gradient of the style plane from the sum of the shares of the content planes that use it.
-TRANSFUSE_HD static inline void adain_style_rule(AdainDirection direction, const AdainMoments& y, const AdainShare& share,
-                                          AdainCoefficients* out) {
+TRANSFUSE_HD static inline void adain_style_rule(AdainDirection direction, const AdainMoments& y,
+                                                 const AdainShare& share, AdainCoefficients* out) {
   const double std = adain_std(y.count, y.second[0]), slope = adain_slope(y.count, std);
   if (direction == AdainDirection::backward) {
     out->factor[0] = share.std * slope;

@@ -13,27 +13,27 @@ enum class Causal : int { none = 0, upper_left = 1, lower_right = 2 };
 
 // (1 - w) * x + w * other[index]; w = 0 and w = 1 return the source bit for bit.
 struct BlendView {
-  View other;                      // (batch, head, token, channel); absent = no blend
+  View other;  // (batch, head, token, channel); absent = no blend
   Weight weight;
   const int64_t* index = nullptr;  // batch of x -> batch of other; nullptr = same batch
   int64_t batch = 0;               // batches of other: 1 broadcasts
 };
 
 struct SourceView {
-  View key, value;                 // (batch, kv head, token, channel)
-  int64_t batch = 0;               // 1 broadcasts when index is absent
+  View key, value;    // (batch, kv head, token, channel)
+  int64_t batch = 0;  // 1 broadcasts when index is absent
   int64_t length = 0;
   const int64_t* index = nullptr;  // query batch -> source batch
-  View bias, mask;                 // (batch, head, query, key) of the QUERY's batch and heads; mask is bytes, non-zero = attend
+  View bias, mask;  // (batch, head, query, key) of the QUERY's batch and heads; mask is bytes, non-zero = attend
   double scale = 1.0;
   Causal causal = Causal::none;
   int group = 0;
-  BlendView key_blend;             // indexed by the SOURCE's batch
+  BlendView key_blend;  // indexed by the SOURCE's batch
 };
 
 struct AttentionShape {
   int64_t batch, heads, kv_heads, queries, key_dim, value_dim;
-  DType dtype;                     // storage of query, keys, values and of all outputs
+  DType dtype;  // storage of query, keys, values and of all outputs
 };
 
 struct AttentionForward {
@@ -43,9 +43,9 @@ struct AttentionForward {
   const SourceView* sources;
   int source_count;
   int group_count;
-  const Weight* gates;             // one per group
-  MutableView out;                 // (batch, head, token, channel)
-  void* lse;                       // contiguous (batch, head, token), float (double for f64); nullptr = not wanted
+  const Weight* gates;  // one per group
+  MutableView out;      // (batch, head, token, channel)
+  void* lse;            // contiguous (batch, head, token), float (double for f64); nullptr = not wanted
 };
 
 // Tangents mirror a source's key, value and bias.
@@ -53,8 +53,8 @@ struct SourceTangent {
   View key, value, bias;
 };
 struct SourceGradient {
-  MutableView key, value;          // (source batch, kv head, token, channel), every element is written
-  MutableView bias;                // ptr nullptr = not wanted; stride 0 on reduced axes; float or double, zero-filled
+  MutableView key, value;  // (source batch, kv head, token, channel), every element is written
+  MutableView bias;        // ptr nullptr = not wanted; stride 0 on reduced axes; float or double, zero-filled
 };
 
 // Backward of the forward (tangents == nullptr), or of the Jacobian-vector product (tangents given).
@@ -64,8 +64,8 @@ struct AttentionBackward {
   const SourceView* sources;
   int source_count;
   View out, grad_out;
-  const void* lse;                 // contiguous (batch, head, token)
-  const void* grad_lse;            // contiguous, or nullptr
+  const void* lse;       // contiguous (batch, head, token)
+  const void* grad_lse;  // contiguous, or nullptr
   View query_tangent;
   const SourceTangent* tangents;
   View out_tangent;

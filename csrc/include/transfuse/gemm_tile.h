@@ -1,8 +1,9 @@
-// Register-blocked matrix product of small tiles that live in cache: C[rows x cols] (+)= A[rows x depth] * B[depth x cols].
+// Register-blocked matrix product of small tiles that live in cache: C[rows x cols] (+)= A[rows x depth] * B[depth x
+// cols].
 //
 // B and C are row-major with unit column stride and columns padded to whole vectors; A is broadcast element by element,
-// either row-major (A[i*lda + k]) or transposed (A[k*lda + i]). A "unit" is one A or B element of 32 or 64 bits: a float,
-// a double, or a pair of bf16 along the depth, so one micro-kernel serves all three.
+// either row-major (A[i*lda + k]) or transposed (A[k*lda + i]). A "unit" is one A or B element of 32 or 64 bits: a
+// float, a double, or a pair of bf16 along the depth, so one micro-kernel serves all three.
 #pragma once
 
 #include "transfuse/vec.h"
@@ -90,7 +91,8 @@ static __attribute__((noinline)) void gemm_panel(int rows, int64_t depth, const 
   }
 }
 
-// `rows` must be a multiple of kTileRows, `depth` at least 1, and `vecs` counts vectors of columns; A, B and C hold that much padding.
+// `rows` must be a multiple of kTileRows, `depth` at least 1, and `vecs` counts vectors of columns; A, B and C hold
+// that much padding.
 template <class P, bool kTransposed>
 static void gemm(int rows, int vecs, int64_t depth, const typename P::Unit* a, int64_t lda, const typename P::Unit* b,
                  int64_t ldb, typename P::Acc* c, int64_t ldc, bool accumulate) {

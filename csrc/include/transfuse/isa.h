@@ -23,7 +23,8 @@ const char* isa_name(Isa isa);
 // Kernels of one level live in namespace transfuse::<level>; this macro lists the levels present in the binary.
 #if TRANSFUSE_X86_LEVELS
 #define TRANSFUSE_FOR_EACH_LEVEL(X, ...) \
-  X(portable, __VA_ARGS__) X(avx2, __VA_ARGS__) X(avx512, __VA_ARGS__) X(avx512_bf16, __VA_ARGS__) X(emulated512, __VA_ARGS__)
+  X(portable, __VA_ARGS__)               \
+  X(avx2, __VA_ARGS__) X(avx512, __VA_ARGS__) X(avx512_bf16, __VA_ARGS__) X(emulated512, __VA_ARGS__)
 #else
 #define TRANSFUSE_FOR_EACH_LEVEL(X, ...) X(portable, __VA_ARGS__) X(emulated512, __VA_ARGS__)
 #endif
@@ -35,14 +36,15 @@ const char* isa_name(Isa isa);
 #define TRANSFUSE_SELECT_TABLE(level, Table, symbol) \
   case Isa::level: return level::symbol;
 
-// Defines `const Table& accessor()`, which returns the table `symbol` of the level in use. Use inside namespace transfuse.
-#define TRANSFUSE_KERNEL_TABLE(Table, symbol, accessor)                      \
-  TRANSFUSE_FOR_EACH_LEVEL(TRANSFUSE_DECLARE_TABLE, Table, symbol)           \
-  const Table& accessor() {                                                  \
-    switch (isa_in_use()) {                                                  \
-      TRANSFUSE_FOR_EACH_LEVEL(TRANSFUSE_SELECT_TABLE, Table, symbol)        \
-      default: return portable::symbol;                                      \
-    }                                                                        \
+// Defines `const Table& accessor()`, which returns the table `symbol` of the level in use. Use inside namespace
+// transfuse.
+#define TRANSFUSE_KERNEL_TABLE(Table, symbol, accessor)               \
+  TRANSFUSE_FOR_EACH_LEVEL(TRANSFUSE_DECLARE_TABLE, Table, symbol)    \
+  const Table& accessor() {                                           \
+    switch (isa_in_use()) {                                           \
+      TRANSFUSE_FOR_EACH_LEVEL(TRANSFUSE_SELECT_TABLE, Table, symbol) \
+      default: return portable::symbol;                               \
+    }                                                                 \
   }
 
 }  // namespace transfuse

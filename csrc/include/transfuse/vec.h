@@ -54,7 +54,8 @@ struct Simd<double> {
   static constexpr int W = kVectorBytes / 8;
 };
 
-// Rows of one register tile. 12 (or 24) accumulators of three vectors leave room for the operands in 16 (or 32) registers.
+// Rows of one register tile. 12 (or 24) accumulators of three vectors leave room for the operands in 16 (or 32)
+// registers.
 constexpr int kTileRows = kVectorBytes == 64 ? 8 : 4;
 
 template <class V, class T>
@@ -121,9 +122,13 @@ inline __attribute__((always_inline)) float horizontal_sum<float>(VecF v) {
 }
 #else
 template <>
-inline __attribute__((always_inline)) float horizontal_max<float>(VecF v) { return fold_max((__m256)v); }
+inline __attribute__((always_inline)) float horizontal_max<float>(VecF v) {
+  return fold_max((__m256)v);
+}
 template <>
-inline __attribute__((always_inline)) float horizontal_sum<float>(VecF v) { return fold_sum((__m256)v); }
+inline __attribute__((always_inline)) float horizontal_sum<float>(VecF v) {
+  return fold_sum((__m256)v);
+}
 #endif
 #endif
 
@@ -194,7 +199,7 @@ TRANSFUSE_INLINE uint16_t float_to_f16(float f) {
   const uint32_t sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
   if (magnitude > 0x7f800000u) return (uint16_t)(sign | 0x7e00u);
   if (magnitude >= 0x477ff000u) return (uint16_t)(sign | 0x7c00u);  // rounds to infinity
-  if (magnitude < 0x38800000u) {                                     // subnormal or zero: let the adder round
+  if (magnitude < 0x38800000u) {                                    // subnormal or zero: let the adder round
     float g;
     std::memcpy(&g, &magnitude, 4);
     g += 0.5f;

@@ -56,7 +56,7 @@ def _size(sources: int) -> int:
     return 1 + _KINDS * sources
 
 
-# ---- raw calls: the C++ ops and the Triton launchers behind one signature --------------------------------------
+# ---- raw calls: the C++ ops and the Triton launchers behind one signature ------------------------
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,7 @@ def _cpp() -> Raw:
     ops = torch.ops.transfuse
 
     def compacting(op: Callable, position: int) -> Callable:
-        return lambda *args: op(
-            *args[:position], *compact(args[position]), *args[position + 1 :]
-        )
+        return lambda *args: op(*args[:position], *compact(args[position]), *args[position + 1 :])
 
     return Raw(
         compacting(ops.attention_forward, 3),
@@ -131,7 +129,7 @@ def raw(backend: str) -> Raw:
     return _triton() if backend == "triton" else _cpp()
 
 
-# ---- rules -----------------------------------------------------------------------------------------------------
+# ---- rules ---------------------------------------------------------------------------------------
 
 
 def _arguments(core: Core, static: Static) -> tuple:
@@ -192,7 +190,7 @@ def _backward(static: Static, tensors: Tensors):
         None if grad_lse is None else grad_lse.contiguous(),
         *_arguments(core, static),
         out,
-        lse,
+        lse.contiguous(),
         list(static.bias_grads),
     )
     return _flat_gradients(core, static, result)
@@ -204,7 +202,7 @@ def _jvp(static: Static, tensors: Tensors):
     core, (out, lse) = core_of(tensors[:size], sources), tensors[size : size + 2]
     query_t, keys_t, values_t, biases_t = _tangents(tensors[size + 2 :], sources)
     return raw(static.backend).jvp(
-        *_arguments(core, static), out, lse, query_t, keys_t, values_t, biases_t
+        *_arguments(core, static), out, lse.contiguous(), query_t, keys_t, values_t, biases_t
     )
 
 
@@ -219,7 +217,7 @@ def _jvp_backward(static: Static, tensors: Tensors):
         None if grad_lse is None else grad_lse.contiguous(),
         *_arguments(core, static),
         out,
-        lse,
+        lse.contiguous(),
         query_t,
         keys_t,
         values_t,
@@ -258,7 +256,7 @@ def _flags(core: Core, needs) -> tuple[bool, ...]:
     )
 
 
-def rules(calls: Calls | Callable[[], Calls], backend_of=lambda static: static) -> dict:
+def rules(calls: Calls | Callable[[], Calls]) -> dict:
     """vjp and jvp rules of the four ops, written against ``calls``."""
 
     def table() -> Calls:
@@ -268,9 +266,7 @@ def rules(calls: Calls | Callable[[], Calls], backend_of=lambda static: static) 
         core = core_of(tensors, len(static.scales))
         static = static._replace(bias_grads=_flags(core, needs))
         out, lse = outputs
-        grads_flat = table().backward(
-            static, (dense(grads[0], out), grads[1], *tensors, out, lse)
-        )
+        grads_flat = table().backward(static, (dense(grads[0], out), grads[1], *tensors, out, lse))
         return _spread(static, grads_flat, len(core.keys))
 
     def forward_jvp(static, tensors, outputs, tangents):
@@ -335,7 +331,9 @@ def rules(calls: Calls | Callable[[], Calls], backend_of=lambda static: static) 
             )
         )
         # A tangent enters linearly: its gradient is the ordinary backward at the same point.
-        along = static._replace(bias_grads=tuple(m and b is not None for m, b in zip(moving, core.biases, strict=True)))
+        along = static._replace(
+            bias_grads=tuple(m and b is not None for m, b in zip(moving, core.biases, strict=True))
+        )
         at_tangent = table().backward(along, (grad, grads[1], *core.flat, out, lse))
         return [
             *_spread(point, at_point, sources),
@@ -352,14 +350,16 @@ def rules(calls: Calls | Callable[[], Calls], backend_of=lambda static: static) 
     }
 
 
-# ---- vmap: the mapped dimension is folded into the batch --------------------------------------------------------
+# ---- vmap: the mapped dimension is folded into the batch -----------------------------------------
 
 
 def _fold(tensor: Tensor | None, dim: int | None, size: int, batch: int | None) -> Tensor | None:
-    """(V, B, ...) -> (V * B, ...); an unmapped tensor is repeated. ``batch`` widens a batch of 1."""
+    """(V, B, ...) -> (V * B, ...), repeating what is unmapped; ``batch`` widens a batch of 1."""
     if tensor is None:
         return None
-    tensor = tensor.unsqueeze(0).expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    tensor = (
+        tensor.unsqueeze(0).expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    )
     if batch is not None and tensor.shape[1] != batch:
         tensor = tensor.expand(size, batch, *tensor.shape[2:])
     return tensor.reshape(size * tensor.shape[1], *tensor.shape[2:])
@@ -477,7 +477,7 @@ def _jvp_backward_vmap(static, tensors, dims, size):
     return static, flat, lambda out: _unfold_gradients(static, out, size, batches)
 
 
-# ---- the Functions ---------------------------------------------------------------------------------------------
+# ---- the Functions -------------------------------------------------------------------------------
 
 
 def _build() -> Calls:

@@ -54,27 +54,90 @@ def _fake_gradients(query, keys, values, biases, bias_at, bias_grads):
 
 
 def _fake_backward(
-    grad_out, grad_lse, query, keys, values, biases, bias_at, masks, indices, scales, causal, out, lse, bias_grads
+    grad_out,
+    grad_lse,
+    query,
+    keys,
+    values,
+    biases,
+    bias_at,
+    masks,
+    indices,
+    scales,
+    causal,
+    out,
+    lse,
+    bias_grads,
 ):
     return _fake_gradients(query, keys, values, biases, bias_at, bias_grads)
 
 
 def _fake_jvp(
-    query, keys, values, biases, bias_at, masks, indices, scales, causal, out, lse, query_t, keys_t, values_t, biases_t
+    query,
+    keys,
+    values,
+    biases,
+    bias_at,
+    masks,
+    indices,
+    scales,
+    causal,
+    out,
+    lse,
+    query_t,
+    keys_t,
+    values_t,
+    biases_t,
 ):
     return _like_query(query, values[0].shape[3]), _lse(query)
 
 
 def _fake_jvp_backward(
-    grad_out, grad_lse, query, keys, values, biases, bias_at, masks, indices, scales, causal, out, lse,
-    query_t, keys_t, values_t, biases_t, out_t, lse_t, bias_grads,
+    grad_out,
+    grad_lse,
+    query,
+    keys,
+    values,
+    biases,
+    bias_at,
+    masks,
+    indices,
+    scales,
+    causal,
+    out,
+    lse,
+    query_t,
+    keys_t,
+    values_t,
+    biases_t,
+    out_t,
+    lse_t,
+    bias_grads,
 ):
     return _fake_gradients(query, keys, values, biases, bias_at, bias_grads)
 
 
 def _fake_fused(
-    query, query_other, query_weight, query_weights, query_index, keys, values, key_others,
-    key_weight, key_weights, key_indices, biases, bias_at, masks, indices, scales, causal, groups, gate, gates,
+    query,
+    query_other,
+    query_weight,
+    query_weights,
+    query_index,
+    keys,
+    values,
+    key_others,
+    key_weight,
+    key_weights,
+    key_indices,
+    biases,
+    bias_at,
+    masks,
+    indices,
+    scales,
+    causal,
+    groups,
+    gate,
+    gates,
 ):
     lse = _lse(query) if len(gate) == 1 else query.new_empty((0,), dtype=_statistics(query))
     return _like_query(query, values[0].shape[3]), lse

@@ -123,7 +123,8 @@ def attend_with_lse(
         >>> import torch
         >>> from transfuse.ops import KV, attend_with_lse, merge_attention
         >>> q, k, v = torch.randn(3, 1, 2, 16, 8).unbind(0)
-        >>> halves = [attend_with_lse(q, KV(k[:, :, s], v[:, :, s])) for s in (slice(0, 9), slice(9, 16))]
+        >>> parts = (slice(0, 9), slice(9, 16))
+        >>> halves = [attend_with_lse(q, KV(k[:, :, s], v[:, :, s])) for s in parts]
         >>> merged = merge_attention([h.out for h in halves], [h.lse for h in halves])
         >>> torch.allclose(merged.out, attend_with_lse(q, KV(k, v)).out, atol=1e-5)
         True
@@ -149,7 +150,8 @@ def merge_attention(
     r"""Attention over a union of key sets from the results over its parts.
 
     .. math:: \mathrm{lse} = \log \sum_s e^{\mathrm{lse}_s}, \quad
-              \mathrm{out} = \sum_s \mathrm{gate}_s \, e^{\mathrm{lse}_s - \mathrm{lse}} \, \mathrm{out}_s .
+              \mathrm{out} = \sum_s \mathrm{gate}_s \, e^{\mathrm{lse}_s - \mathrm{lse}}
+              \, \mathrm{out}_s .
 
     Args:
         outs: tensors (B, H, N, Dv), one per part.
@@ -165,11 +167,18 @@ def merge_attention(
 
     Notes:
         Elementwise work of O(B H N Dv) per part, in eager torch: differentiable to any order.
+
+    Example:
+        >>> import torch
+        >>> from transfuse.ops import merge_attention
+        >>> outs, lses = torch.randn(2, 1, 2, 5, 8).unbind(0), torch.zeros(2, 1, 2, 5).unbind(0)
+        >>> torch.allclose(merge_attention(outs, lses).out, (outs[0] + outs[1]) / 2, atol=1e-6)
+        True
     """
     return merge_attention_reference(outs, lses, gates)
 
 
-# ---- internal ---------------------------------------------------------------------------------------------------
+# ---- internal ------------------------------------------------------------------------------------
 
 
 def _tensors(call: Normalised) -> list[Tensor | None]:
@@ -270,7 +279,9 @@ def _blended_query(call: Normalised) -> Tensor:
 def _core(call: Normalised, backend: str, members, query: Tensor) -> tuple[Tensor, Tensor]:
     """The differentiable core over some of the sources."""
     keys = [
-        _mix(call.keys[s], call.key_others[s], call.key_weights[s], call.key_indices[s]).to(query.dtype)
+        _mix(call.keys[s], call.key_others[s], call.key_weights[s], call.key_indices[s]).to(
+            query.dtype
+        )
         for s in members
     ]
     tensors = (
@@ -320,7 +331,9 @@ def _composed(call: Normalised) -> Tensor:
     return total
 
 
-def _sdpa_group(call: Normalised, members, query: Tensor, batch: int, heads: int, rows: int) -> Tensor:
+def _sdpa_group(
+    call: Normalised, members, query: Tensor, batch: int, heads: int, rows: int
+) -> Tensor:
     def per_query(tensor: Tensor, index: Tensor | None) -> Tensor:
         if index is not None:
             tensor = tensor.index_select(0, index)
@@ -380,14 +393,21 @@ def _shift(call: Normalised, s: int, query: Tensor, rows: int) -> Tensor | None:
 
 def _autocast(query, sources, blend):
     """Under autocast, attention runs in the autocast dtype, as torch's own does."""
-    if not isinstance(query, Tensor) or not torch.is_autocast_enabled(query.device.type):
+    if not isinstance(query, Tensor):
         return query, sources, blend
-    dtype = torch.get_autocast_dtype(query.device.type)
+    device = query.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return query, sources, blend
+    dtype = torch.get_autocast_dtype(device)
     if not query.is_floating_point() or query.dtype == torch.float64:
         return query, sources, blend
 
     def cast(tensor):
-        return tensor.to(dtype) if isinstance(tensor, Tensor) and tensor.is_floating_point() else tensor
+        return (
+            tensor.to(dtype)
+            if isinstance(tensor, Tensor) and tensor.is_floating_point()
+            else tensor
+        )
 
     def cast_blend(b):
         return Blend(cast(b.other), cast(b.weight), b.index) if isinstance(b, Blend) else b

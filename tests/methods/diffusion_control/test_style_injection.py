@@ -7,8 +7,9 @@ import math
 
 import pytest
 import torch
-import transfuse.ops
 from torch import nn
+
+import transfuse.ops
 from transfuse.methods.diffusion_control import style_injection
 from transfuse.methods.diffusion_control.style_injection import (
     FeatureStore,

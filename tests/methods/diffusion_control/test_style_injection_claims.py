@@ -11,6 +11,7 @@ import itertools
 
 import pytest
 import torch
+
 from transfuse.methods.diffusion_control.style_injection import adain_latent
 
 gallery = pytest.importorskip("transfuse.bench.gallery.style_injection", exc_type=ImportError)

@@ -21,7 +21,7 @@ BENCH = frozenset({"bench"})
 
 @dataclass(frozen=True)
 class Plan:
-    """Shapes and options of one call. ``layout`` is ``"contiguous"`` or ``"channels_last"``; ``mean``
+    """Shapes and options of one call. ``layout``: ``"contiguous"`` or ``"channels_last"``; ``mean``
     is added to normal numbers; a ``constant`` tensor holds one number per plane of the last two
     dimensions."""
 
@@ -281,9 +281,7 @@ SPECS = (
         dtypes=DTYPES,
         backends=("reference", "cpu", "triton", "cuda"),
         # Subtract, add, multiply-add for a statistic; subtract, multiply-add to write.
-        flops=lambda args: (
-            7 * args.tensors["content"].numel() + 4 * args.tensors["style"].numel()
-        ),
+        flops=lambda args: 7 * args.tensors["content"].numel() + 4 * args.tensors["style"].numel(),
         bytes=_bytes,
         errors=_ERRORS,
         gradcheck=(
@@ -294,8 +292,12 @@ SPECS = (
             "dims apart",
             "large eps",
         ),
-        # A compiled graph holds first derivatives only.
-        refuses={},
+        refuses={
+            "batched backward": "Batching rule not implemented",
+            "compile, func.grad": "do not support torch.func transforms",
+            "compile, func.jvp": "do not support torch.func transforms",
+            "compile, func.vmap": "do not support torch.func transforms",
+        },
         fuzz=_fuzz,
         raw_calls=_raw_calls,
     ),
