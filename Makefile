@@ -36,9 +36,12 @@ $(VENV)/.packages: constraints.txt
 	@touch $@
 
 # An ordinary install: what is tested is what a wheel holds. The object files stay in build/, so
-# installing again after a change of Python code takes seconds.
+# installing again after a change of Python code takes seconds. A torch without CUDA cannot open the
+# CUDA library, so it is left out then (`make cuda-check` compiles it all the same).
 $(VENV)/.package: $(VENV)/.packages $(PACKAGE_SOURCES)
-	PATH="$(abspath $(BIN)):$$PATH" $(PIP) install -q --no-build-isolation --no-deps --force-reinstall .
+	cuda=$$($(PY) -c 'import torch; print("OFF" if torch.version.cuda is None else "AUTO")'); \
+	PATH="$(abspath $(BIN)):$$PATH" $(PIP) install -q --no-build-isolation --no-deps --force-reinstall \
+	  -C cmake.define.TRANSFUSE_CUDA=$$cuda .
 	@touch $@
 
 setup: $(VENV)/.packages  ## virtual environment with the pinned packages
