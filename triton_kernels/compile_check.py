@@ -26,6 +26,7 @@ import torch
 
 from ._attention_plan import Launch
 from ._triton import triton
+from .adain import plan_content, plan_style
 from .attention_backward import Tangents, plan_gradients
 from .attention_forward import plan_forward, plan_fused
 from .attention_jvp import plan_jvp
@@ -138,6 +139,20 @@ class _Call(NamedTuple):
         return self.backward(second=True)
 
 
+def _adain(direction: int, dtype: torch.dtype, layout: torch.memory_format) -> list[Launch]:
+    """Forward (0), backward (1) or forward mode (2) of a feature map with a shared style."""
+    content = _meta(2, 320, 33, 64, dtype=dtype).to(memory_format=layout)
+    style = _meta(1, 320, 20, 20, dtype=dtype).to(memory_format=layout)
+    shares = _meta(2, 640, dtype=torch.float32) if direction == 1 else None
+    moved = (None, None) if direction == 0 else (content, style if direction == 2 else None)
+    launches, _ = plan_content(
+        direction, content, moved[0], style, moved[1], content, shares, (2, 3), 1e-4
+    )
+    if direction == 1:
+        launches += plan_style(style, shares, style, (2, 3))[0]
+    return launches
+
+
 def cases() -> list[Case]:
     """The compact set that is compiled."""
     single, half, brain = torch.float32, torch.float16, torch.bfloat16
@@ -163,6 +178,10 @@ def cases() -> list[Case]:
         Case("jvp_backward bf16 D=64", _Call(brain, 64).jvp_backward),
         Case("jvp_backward bf16 D=128", _Call(brain, 128).jvp_backward),
         Case("jvp_backward fp32 D=40 all", _Call(single, 40, (100,), "full", "key").jvp_backward),
+        Case("adain forward fp32", lambda: _adain(0, single, torch.contiguous_format), hot=True),
+        Case("adain forward bf16 c. last", lambda: _adain(0, brain, torch.channels_last), hot=True),
+        Case("adain backward bf16", lambda: _adain(1, brain, torch.contiguous_format)),
+        Case("adain jvp fp16 c. last", lambda: _adain(2, half, torch.channels_last)),
     ]
 
 

@@ -211,49 +211,56 @@ struct Running {
   double* second[pairs_of(N)];
 };
 
-// One vector of planes over up to kRows rows, merged into the running moments of `count` rows before them.
-template <class T, int N, bool Part>
+// U vectors of planes over up to kRows rows, merged into the running moments of `count` rows before them. `lanes` of
+// the planes exist, all of them unless U is 1.
+template <class T, int N, int U, bool Part>
 TRANSFUSE_INLINE void column_moments(const T* const (*p)[kRows], int64_t rows, int64_t at, int64_t lanes, double count,
                                      const Running<N>& m) {
   using V = typename Simd<T>::V;
   constexpr int W = Simd<T>::W, P = pairs_of(N);
-  const auto read = [&](int k, int64_t r) {
+  const auto read = [&](int k, int u, int64_t r) {
     if constexpr (Part) return load_part<T>(p[k][r] + at, lanes, T(0));
-    return load<V>(p[k][r] + at);
+    return load<V>(p[k][r] + at + u * W);
   };
-  V centre[N], rest[N], second[P];
+  V centre[N][U], rest[N][U], second[P][U];
   const int64_t samples = rows >= 8 ? 8 : rows >= 4 ? 4 : rows >= 2 ? 2 : 1;
   for (int k = 0; k < N; ++k) {
-    // Mean of up to eight rows, summed in pairs: exact if all are equal.
-    V sample[8];
-    for (int64_t i = 0; i < samples; ++i) sample[i] = read(k, i * rows / samples);
-    for (int64_t half = samples / 2; half > 0; half /= 2)
-      for (int64_t i = 0; i < half; ++i) sample[i] += sample[i + half];
-    centre[k] = sample[0] * splat<T>(T(1) / (T)samples);
-    rest[k] = V{};
+    for (int u = 0; u < U; ++u) {
+      // Mean of up to eight rows, summed in pairs: exact if all are equal.
+      V sample[8];
+      for (int64_t i = 0; i < samples; ++i) sample[i] = read(k, u, i * rows / samples);
+      for (int64_t half = samples / 2; half > 0; half /= 2)
+        for (int64_t i = 0; i < half; ++i) sample[i] += sample[i + half];
+      centre[k][u] = sample[0] * splat<T>(T(1) / (T)samples);
+      rest[k][u] = V{};
+    }
   }
-  for (int q = 0; q < P; ++q) second[q] = V{};
-  for (int64_t r = 0; r < rows; ++r) {
-    V d[N];
+  for (int q = 0; q < P; ++q)
+    for (int u = 0; u < U; ++u) second[q][u] = V{};
+  for (int64_t r = 0; r < rows; ++r)
+    for (int u = 0; u < U; ++u) {
+      V d[N];
+      for (int k = 0; k < N; ++k) {
+        d[k] = read(k, u, r) - centre[k][u];
+        rest[k][u] += d[k];
+      }
+      second[0][u] += d[0] * d[0];
+      if constexpr (N > 1) second[1][u] += d[0] * d[1];
+      if constexpr (N > 2) {
+        second[2][u] += d[0] * d[2];
+        second[3][u] += d[1] * d[2];
+      }
+    }
+  T centres[N][U * W], rests[N][U * W], seconds[P][U * W];
+  for (int u = 0; u < U; ++u) {
     for (int k = 0; k < N; ++k) {
-      d[k] = read(k, r) - centre[k];
-      rest[k] += d[k];
+      store(centres[k] + u * W, centre[k][u]);
+      store(rests[k] + u * W, rest[k][u]);
     }
-    second[0] += d[0] * d[0];
-    if constexpr (N > 1) second[1] += d[0] * d[1];
-    if constexpr (N > 2) {
-      second[2] += d[0] * d[2];
-      second[3] += d[1] * d[2];
-    }
+    for (int q = 0; q < P; ++q) store(seconds[q] + u * W, second[q][u]);
   }
-  T centres[N][W], rests[N][W], seconds[P][W];
-  for (int k = 0; k < N; ++k) {
-    store(centres[k], centre[k]);
-    store(rests[k], rest[k]);
-  }
-  for (int q = 0; q < P; ++q) store(seconds[q], second[q]);
   const double n = (double)rows, inverse = 1.0 / n, part = n / (count + n), cross = count * part;
-  const int64_t live = Part ? lanes : W;
+  const int64_t live = Part ? lanes : U * W;
   for (int64_t i = 0; i < live; ++i) {
     double e[N], gap[N];
     for (int k = 0; k < N; ++k) {
@@ -287,7 +294,7 @@ void slab_moments(const Group& g, const Slab& s, int64_t begin, int64_t end, Ada
     plane_moments<T, N>(g, s, begin, end, out);
     return;
   }
-  constexpr int W = Simd<T>::W, P = pairs_of(N);
+  constexpr int W = Simd<T>::W, U = N == 1 && kVectorBytes < 64 ? 2 : 1, P = pairs_of(N);
   const int64_t width = s.width, pitch = round_up(width, 16);
   const size_t running = sizeof(double) * (N + P) * (size_t)pitch;
   double* memory = static_cast<double*>(thread_scratch(running + sizeof(T) * N * kRows * (size_t)pitch));
@@ -312,13 +319,14 @@ void slab_moments(const Group& g, const Slab& s, int64_t begin, int64_t end, Ada
       }
     const double count = (double)(r - begin);
     int64_t at = 0;
-    for (; at + W <= width; at += W) {
+    for (; at + U * W <= width; at += U * W) {
       if (at * item % 64 == 0)
         for (int k = 0; k < N; ++k)
           for (int64_t i = 0; i < coming; ++i) prefetch(next[k][i] + at * item);
-      column_moments<T, N, false>(p, rows, at, W, count, m);
+      column_moments<T, N, U, false>(p, rows, at, U * W, count, m);
     }
-    if (at < width) column_moments<T, N, true>(p, rows, at, width - at, count, m);
+    for (; at + W <= width; at += W) column_moments<T, N, 1, false>(p, rows, at, W, count, m);
+    if (at < width) column_moments<T, N, 1, true>(p, rows, at, width - at, count, m);
   }
   for (int64_t c = 0; c < width; ++c) {
     out[c].count = (double)(end - begin);
