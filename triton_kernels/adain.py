@@ -289,7 +289,7 @@ class _Geometry(NamedTuple):
     records: list[Planes | None]
     planes: int
     width: int
-    count: int
+    count: int  # type: ignore[assignment]  # a field, not tuple.count
     length: int
     rows: int
     columns: int
@@ -325,7 +325,8 @@ def _geometry(tensors: Sequence[torch.Tensor | None], dims: Sequence[int]) -> _G
         kept.insert(0, (1, [0] * len(present)))
     while len(reduced) < 2:
         reduced.insert(0, (1, [0] * len(present)))
-    records, number = [], 0
+    records: list[Planes | None] = []
+    number = 0
     for tensor in tensors:
         if tensor is None:
             records.append(None)
@@ -359,10 +360,8 @@ def _spread(style: torch.Tensor, content: torch.Tensor, dims: Sequence[int]) -> 
     return style.expand(shape)
 
 
-def _plain(tensor: torch.Tensor | None, dims: Sequence[int]) -> torch.Tensor | None:
+def _plain(tensor: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
     """A copy whose remaining and reduced dimensions each merge into one."""
-    if tensor is None:
-        return None
     kept = [a for a in range(tensor.dim()) if a not in dims]
     order = [*kept, *dims]
     back = sorted(range(tensor.dim()), key=order.__getitem__)
@@ -396,8 +395,10 @@ def plan_content(
     try:
         mine, theirs = _pair(content, companion, out, style, style_companion, dims)
     except _TooManyAxes:
-        content, companion, out = (_plain(t, dims) for t in (content, companion, out))
-        style, style_companion = (_plain(t, dims) for t in (style, style_companion))
+        content, style = _plain(content, dims), _plain(style, dims)
+        companion, out, style_companion = (
+            None if t is None else _plain(t, dims) for t in (companion, out, style_companion)
+        )
         mine, theirs = _pair(content, companion, out, style, style_companion, dims)
     arguments = {
         "content": mine.records[0],
