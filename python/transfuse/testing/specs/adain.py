@@ -117,9 +117,9 @@ def _fuzz(choose: Callable[[Sequence[object]], object]) -> Case:
     sizes = (0, 1, 2, 3, 7, 8, 9, 16, 17, 31, 32, 33)
     batch, channels = choose((1, 2, 3)), choose((1, 2, 7, 8, 9, 33, 65))
     dims = choose(((-2, -1), (-2, -1), (0, 2, 3), (1,), (2,), (0, 1, 2, 3)))
-    content = (batch, channels, choose(sizes), choose(sizes))
-    style = [n if axis not in [d % 4 for d in dims] else choose(sizes[1:]) for axis, n in
-             enumerate(content)]  # fmt: skip
+    content: tuple = (batch, channels, choose(sizes), choose(sizes))
+    reduced = [d % 4 for d in dims]
+    style = [choose(sizes[1:]) if axis in reduced else n for axis, n in enumerate(content)]
     if 0 not in dims and choose((False, True)):
         style[0] = 1
     if 0 in style:
