@@ -92,24 +92,32 @@ def function(rule: Differentiable) -> Callable[[Any, Tensors], tuple[Tensor, ...
     return lambda static, tensors: _Function.apply(static, *tensors)
 
 
+def _under_transform() -> bool:
+    """Whether a ``torch.func`` transform is active; under torch.compile, while it traces."""
+    return torch._C._functorch.maybe_current_level() is not None
+
+
+# What torch.compiler.assume_constant_result sets, without importing the compiler to set it.
+_under_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def needs_derivative(tensors: Tensors) -> bool:
     """Whether reverse mode, forward mode or a ``torch.func`` transform watches any of these.
 
     Raises:
-        NotImplementedError: forward mode inside ``torch.compile``, where a custom op would return a
-            zero tangent without an error. (Other transforms inside it raise of themselves.)
+        NotImplementedError: forward mode or a transform inside ``torch.compile``, where a custom op
+            would return a zero derivative without an error.
     """
-    forward_mode = forward_ad._current_level >= 0
-    if torch.compiler.is_compiling():
-        if forward_mode:
-            raise NotImplementedError(
-                "transfuse ops do not support torch.func transforms or forward-mode AD inside "
-                "torch.compile (a compiled custom op would give a zero derivative silently); call "
-                'them outside the compiled region, or pass backend="reference".'
-            )
-    elif forward_mode or torch._C._functorch.maybe_current_level() is not None:
-        return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    watched = _under_transform() or forward_ad._current_level >= 0
+    if watched and torch.compiler.is_compiling():
+        raise NotImplementedError(
+            "transfuse ops do not support torch.func transforms or forward-mode AD inside "
+            "torch.compile (a compiled custom op would give a zero derivative silently); call them "
+            'outside the compiled region, or pass backend="reference".'
+        )
+    return watched or (
+        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    )
 
 
 def dense(tangent: Tensor | None, like: Tensor) -> Tensor:
