@@ -77,11 +77,9 @@ def _mean(planes, plane, live, width, count, length, BLOCK_M: tl.constexpr, BLOC
 
 
 @triton.jit
-def _products(
+def _moments(
     first,
     second,
-    first_mean,
-    second_mean,
     plane,
     live,
     width,
@@ -90,17 +88,31 @@ def _products(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Sums of the centred products first * first and first * second of each plane."""
+    """Means of ``first`` and ``second``, each as a number and the rest that its rounding left, and
+    sums of the centred products first * first and first * second."""
+    first_mean = _mean(first, plane, live, width, count, length, BLOCK_M, BLOCK_N)
+    second_mean = first_mean
+    if second is not None:
+        second_mean = _mean(second, plane, live, width, count, length, BLOCK_M, BLOCK_N)
     square = tl.zeros([BLOCK_N], tl.float32)
     product = tl.zeros([BLOCK_N], tl.float32)
+    first_rest = tl.zeros([BLOCK_N], tl.float32)
+    second_rest = tl.zeros([BLOCK_N], tl.float32)
     for start in range(0, count, BLOCK_M):
         x, mask = _tile(first, plane, live, width, start, count, length, BLOCK_M)
         x = tl.where(mask, x - first_mean[None, :], 0.0)
+        first_rest += tl.sum(x, axis=0)
         square += tl.sum(x * x, axis=0)
         if second is not None:
             y, _ = _tile(second, plane, live, width, start, count, length, BLOCK_M)
-            product += tl.sum(x * (y - second_mean[None, :]), axis=0)
-    return square, product
+            y = tl.where(mask, y - second_mean[None, :], 0.0)
+            second_rest += tl.sum(y, axis=0)
+            product += tl.sum(x * y, axis=0)
+    product -= first_rest * second_rest / count
+    square -= first_rest * first_rest / count
+    # Rounding may leave less than nothing; NaN stays.
+    square = tl.where(square < 0.0, 0.0, square)
+    return first_mean, first_rest / count, second_mean, second_rest / count, square, product
 
 
 @triton.jit
@@ -171,56 +183,27 @@ def _content_kernel(
     """
     plane = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     live = plane < planes
-    style_mean = _mean(style, plane, live, width, style_count, style_length, BLOCK_M, BLOCK_N)
-    other_mean = style_mean
-    if style_companion is not None:
-        other_mean = _mean(
-            style_companion, plane, live, width, style_count, style_length, BLOCK_M, BLOCK_N
-        )
-    style_square, style_product = _products(
-        style,
-        style_companion,
-        style_mean,
-        other_mean,
-        plane,
-        live,
-        width,
-        style_count,
-        style_length,
-        BLOCK_M,
-        BLOCK_N,
+    style_mean, style_rest, other_mean, other_rest, style_square, style_product = _moments(
+        style, style_companion, plane, live, width, style_count, style_length, BLOCK_M, BLOCK_N
     )
     style_std, style_slope = _std(style_square, style_count)
-    mean = _mean(content, plane, live, width, count, length, BLOCK_M, BLOCK_N)
-    companion_mean = mean
-    if companion is not None:
-        companion_mean = _mean(companion, plane, live, width, count, length, BLOCK_M, BLOCK_N)
-    square, product = _products(
-        content,
-        companion,
-        mean,
-        companion_mean,
-        plane,
-        live,
-        width,
-        count,
-        length,
-        BLOCK_M,
-        BLOCK_N,
+    mean, rest, companion_mean, companion_rest, square, product = _moments(
+        content, companion, plane, live, width, count, length, BLOCK_M, BLOCK_N
     )
     std, slope = _std(square, count)
     scale = _inverse(std + eps)
     gain = style_std * scale
     if DIRECTION == 0:
-        factor, offset = gain, style_mean
+        factor, offset = gain, style_mean + (style_rest - gain * rest)
     elif DIRECTION == 1:
-        factor, offset = -gain * scale * product * slope, tl.zeros([BLOCK_N], tl.float32)
+        factor = -gain * scale * product * slope
+        offset = -(factor * rest + gain * companion_rest)
         if shares is not None:
-            tl.store(shares + plane, count * companion_mean, mask=live)
+            tl.store(shares + plane, count * (companion_mean + companion_rest), mask=live)
             tl.store(shares + planes + plane, product * scale, mask=live)
     else:
         factor = (style_product * style_slope - gain * product * slope) * scale
-        offset = other_mean
+        offset = other_mean + (other_rest - (factor * rest + gain * companion_rest))
     if out is not None:
         _write(
             out,
@@ -255,13 +238,12 @@ def _style_kernel(
     """Gradient of the style from the summed shares of its content planes."""
     plane = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     live = plane < planes
-    mean = _mean(style, plane, live, width, count, length, BLOCK_M, BLOCK_N)
-    square, _ = _products(
-        style, None, mean, mean, plane, live, width, count, length, BLOCK_M, BLOCK_N
+    mean, rest, _, _, square, _ = _moments(
+        style, None, plane, live, width, count, length, BLOCK_M, BLOCK_N
     )
     _, slope = _std(square, count)
-    offset = tl.load(shares + plane, mask=live, other=0.0) / count
     factor = tl.load(shares + planes + plane, mask=live, other=0.0) * slope
+    offset = tl.load(shares + plane, mask=live, other=0.0) / count - factor * rest
     _write(
         out,
         style,
