@@ -1,0 +1,129 @@
+"""The Triton adain kernels under Triton's interpreter, against the float64 oracle.
+
+As in ``test_triton_attention.py``, the tests run in a child process that chose the interpreter
+before importing Triton: ``TRITON_INTERPRET=1 pytest tests/ops/test_triton_adain.py`` runs them.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from transfuse.ops import adain
+from transfuse.ops._adain_reference import adain_reference
+from transfuse.testing import inputs, oracle
+from transfuse.testing.specs import find_spec
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+pytest.importorskip("triton")
+
+if not INTERPRETED:
+
+    def test_kernels_under_the_interpreter():
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "pytest", "-o", "addopts=--import-mode=importlib"]
+        child = subprocess.run(
+            [*command, "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__).resolve())],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=1800,
+        )
+        assert child.returncode == 0, child.stdout[-8000:] + child.stderr[-4000:]
+        passed = re.search(r"(\d+) passed", child.stdout)
+        assert passed is not None
+        assert int(passed.group(1)) > 40
+
+else:
+    SPEC = find_spec("adain")
+    # The interpreter runs programs one after the other: many planes take it long.
+    MANY = {"primes", "channels last, wide", "channels last, very wide"}
+    CASES = [c for c in SPEC.cases if not c.tags & {"bench", "real"} and c.name not in MANY]
+    HALF = ["plain", "shared style", "batch statistics", "channels last", "tokens"]
+
+    def _check(case, dtype, tensors=None):
+        args = case.build(dtype)
+        tensors = args.tensors if tensors is None else tensors
+        names = case.differentiable
+        kernel = oracle.function(args, SPEC.op, "triton")
+        reference = oracle.function(args, SPEC.reference)
+        wide = oracle.widen(tensors)
+        generator = torch.Generator().manual_seed(0)
+        outputs = oracle.values(reference, tensors)
+        cotangents = oracle.directions(outputs, generator)
+        moves = oracle.directions([tensors[n] for n in names], generator)
+        widened = [[t.double() for t in part] for part in (cotangents, moves)]
+        problems = []
+        for units, results, truth, eager in (
+            (
+                oracle.VALUE_UNITS,
+                oracle.values(kernel, tensors),
+                oracle.values(reference, wide),
+                outputs,
+            ),
+            (
+                oracle.GRADIENT_UNITS,
+                oracle.gradients(kernel, tensors, names, cotangents),
+                oracle.gradients(reference, wide, names, widened[0]),
+                oracle.gradients(reference, tensors, names, cotangents),
+            ),
+            (
+                oracle.GRADIENT_UNITS,
+                oracle.tangents(kernel, tensors, names, moves)[1],
+                oracle.tangents(reference, wide, names, widened[1])[1],
+                oracle.tangents(reference, tensors, names, moves)[1],
+            ),
+        ):
+            value = units == oracle.VALUE_UNITS
+            problems += oracle.compare_all(
+                results,
+                truth,
+                eager,
+                units=units,
+                terms=oracle.magnitude(*(tensors.values() if value else truth)),
+                names=[f"{units} units, {i}" for i in range(len(results))],
+                dtype=None if value else dtype,
+            )
+        assert not problems, "\n".join(problems)
+
+    @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "_"))
+    def test_value_gradient_and_tangent(case):
+        _check(case, torch.float32)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("name", HALF)
+    def test_half_precision(name, dtype):
+        _check(SPEC.case(name), dtype)
+
+    # torch itself refuses forward mode at an expanded tensor.
+    @pytest.mark.parametrize("kind", [k for k in inputs.STRIDES if k != "expanded"])
+    @pytest.mark.parametrize("name", ["plain", "shared style", "channels last", "dims apart"])
+    def test_strides(name, kind):
+        case = SPEC.case(name)
+        tensors = case.build(torch.float32).tensors
+        _check(case, torch.float32, {k: inputs.strided(t, kind) for k, t in tensors.items()})
+
+    def test_more_axes_than_a_kernel_has():
+        content = torch.randn(3, 2, 4, 3, 5, 2)[:, :, ::2, :, ::2]
+        style = torch.randn(1, 2, 5, 3, 2, 2)
+        for dims in ((2, 4), (0, 2, 4), (1, 3, 5)):
+            partner = style if dims != (1, 3, 5) else torch.randn(3, 1, 2, 2, 3, 5)
+            result = adain(content, partner, dims=dims, backend="triton")
+            expected = adain_reference(content.double(), partner.double(), dims=dims)
+            torch.testing.assert_close(result, expected.float())
+
+    def test_second_derivatives_are_composed():
+        content = torch.randn(2, 3, 3, 2, requires_grad=True)
+        style = torch.randn(1, 3, 2, 2, requires_grad=True)
+
+        def twice(backend):
+            out = adain(content, style, eps=0.1, backend=backend).pow(3).sum()
+            first = torch.autograd.grad(out, (content, style), create_graph=True)
+            return torch.autograd.grad(sum(g.square().sum() for g in first), (content, style))
+
+        for one, other in zip(twice("triton"), twice("reference"), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
