@@ -1,8 +1,8 @@
 """Attention written out: the specification of ``attend``, its oracle, and its fallback.
 
 Every logit is formed, so this is for understanding, for tests, and for devices without a kernel.
-Arithmetic is float64 for float64 inputs and float32 for all others; results are rounded once, at
-the end. Plain autograd differentiates it to any order, forward and reverse. Guards (``torch.where``
+Arithmetic is float64 for float64 inputs and float32 for all others; blended tokens and results are
+rounded once, to the dtype of the inputs. Plain autograd differentiates it to any order, forward and reverse. Guards (``torch.where``
 before, not only after, the operation that would overflow) keep derivatives of fully masked rows and
 of -inf biases at zero instead of NaN.
 """
@@ -192,19 +192,23 @@ def _per_query(source: Tensor, index: Tensor | None, batch: int, heads: int) -> 
 def _mix(
     own: Tensor, other: Tensor | None, weight: float | Tensor | None, index: Tensor | None
 ) -> Tensor:
-    """``(1 - weight) * own + weight * other[index]`` in accumulation precision."""
+    """``(1 - weight) * own + weight * other[index]``, a tensor of the dtype of ``own``.
+
+    Made in accumulation precision and rounded once: a kernel whose products take bfloat16 operands
+    cannot keep more of it.
+    """
     if other is None:
         return own
     if index is not None:
         other = other.index_select(0, index)
-    own, other = own.to(_accumulate_dtype(own)), other.to(_accumulate_dtype(own))
     if isinstance(weight, Tensor):
-        weight = weight.to(own.dtype)[..., None]
+        weight = weight.to(_accumulate_dtype(own))[..., None]
     elif weight == 0.0:
         return own
     elif weight == 1.0:
         return other.expand(own.shape)
-    return (1.0 - weight) * own + weight * other
+    wide, other = own.to(_accumulate_dtype(own)), other.to(_accumulate_dtype(own))
+    return ((1.0 - weight) * wide + weight * other).to(own.dtype)
 
 
 def _gated(out: Tensor, gate: float | Tensor) -> Tensor:

@@ -272,16 +272,13 @@ def _fused_triton(call: Normalised) -> tuple[Tensor, Tensor]:
 
 
 def _blended_query(call: Normalised) -> Tensor:
-    mixed = _mix(call.query, call.query_other, call.query_weight, call.query_index)
-    return mixed.to(call.query.dtype)
+    return _mix(call.query, call.query_other, call.query_weight, call.query_index)
 
 
 def _core(call: Normalised, backend: str, members, query: Tensor) -> tuple[Tensor, Tensor]:
     """The differentiable core over some of the sources."""
     keys = [
-        _mix(call.keys[s], call.key_others[s], call.key_weights[s], call.key_indices[s]).to(
-            query.dtype
-        )
+        _mix(call.keys[s], call.key_others[s], call.key_weights[s], call.key_indices[s])
         for s in members
     ]
     tensors = (
@@ -347,8 +344,7 @@ def _sdpa_group(
         key = _mix(call.keys[s], call.key_others[s], call.key_weights[s], call.key_indices[s])
         # One SDPA has one scale: the other sources' ratio to it goes into their keys.
         ratio = call.scales[s] / first if first != 0.0 else 1.0
-        key = key.to(query.dtype) if ratio == 1.0 else (key * ratio).to(query.dtype)
-        keys.append(per_query(key, call.indices[s]))
+        keys.append(per_query(key if ratio == 1.0 else key * ratio, call.indices[s]))
         values.append(per_query(call.values[s], call.indices[s]))
         shifts.append(_shift(call, s, query, rows))
     shift = None
