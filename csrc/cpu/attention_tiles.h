@@ -1,6 +1,9 @@
 // What the attention kernels share: block sizes, loading of rows and transposed key blocks, visibility, logits.
 #pragma once
 
+#include <cstdlib>
+#include <new>
+
 #include "transfuse/attention.h"
 #include "transfuse/gemm_tile.h"
 
@@ -30,17 +33,78 @@ struct Carver {
   }
 };
 
+// A plain heap array: std::vector would share its instantiation between ISA levels.
+template <class T>
+struct HeapArray {
+  T* data;
+  explicit HeapArray(int64_t count) : data(static_cast<T*>(std::malloc((count > 0 ? count : 1) * sizeof(T)))) {
+    if (data == nullptr) throw std::bad_alloc();
+  }
+  ~HeapArray() { std::free(data); }
+  HeapArray(const HeapArray&) = delete;
+  HeapArray& operator=(const HeapArray&) = delete;
+};
+
 TRANSFUSE_INLINE int64_t source_batch(const SourceView& source, int64_t b) {
   return source.index != nullptr ? source.index[b] : source.batch == 1 ? 0 : b;
 }
 
+// Positions [begin, end).
+struct Range {
+  int64_t begin, end;
+};
+
+// The keys of a source that the queries of a window see, and the queries that see them.
+TRANSFUSE_INLINE Range keys_of(const SourceView& source, const Windows& windows, int64_t window) {
+  if (!source.windowed) return {0, source.length};
+  return {windows.offsets[window], windows.offsets[window + 1]};
+}
+TRANSFUSE_INLINE Range queries_of(const SourceView& source, const AttentionShape& shape, int64_t window) {
+  if (!source.windowed) return {0, shape.queries};
+  return {shape.windows.offsets[window], shape.windows.offsets[window + 1]};
+}
+
+// Position -> token, for queries and for the keys of a source.
+struct Tokens {
+  const int32_t* list;
+  int64_t operator[](int64_t position) const { return list != nullptr ? list[position] : position; }
+};
+TRANSFUSE_INLINE Tokens query_tokens(const AttentionShape& shape) { return {shape.windows.tokens}; }
+TRANSFUSE_INLINE Tokens key_tokens(const SourceView& source, const AttentionShape& shape) {
+  return {source.windowed ? shape.windows.tokens : nullptr};
+}
+
+// A run of query positions, all of one window: the rows of one task.
+struct Run {
+  int64_t window, begin, end;
+};
+
+// Every query position, in runs of at most `chunk`.
+struct Runs {
+  HeapArray<Run> list;
+  int64_t count = 0;
+  Runs(const AttentionShape& shape, int64_t chunk)
+      : list(shape.queries / chunk + 1 + (shape.windows.present() ? shape.windows.count : 0)) {
+    if (!shape.windows.present()) {
+      split(0, {0, shape.queries}, chunk);
+      return;
+    }
+    const int64_t* offsets = shape.windows.offsets;
+    for (int64_t w = 0; w < shape.windows.count; ++w) split(w, {offsets[w], offsets[w + 1]}, chunk);
+  }
+  void split(int64_t window, Range range, int64_t chunk) {
+    for (int64_t i = range.begin; i < range.end; i += chunk)
+      list.data[count++] = {window, i, range.end - i < chunk ? range.end : i + chunk};
+  }
+};
+
 // Keys of one block of a source: whole vectors, at most kBlockKeys. Without a mask, blocks of equal size; with one, 64
 // keys, which divide the blocks that masks are usually made of, so that hidden blocks can be skipped whole.
 template <class A>
-TRANSFUSE_INLINE int64_t key_block(const SourceView& source) {
+TRANSFUSE_INLINE int64_t key_block(const SourceView& source, Range keys) {
   if (source.mask.present()) return kMaskBlockKeys;
-  const int64_t blocks = (source.length + kBlockKeys - 1) / kBlockKeys;
-  return blocks == 0 ? kBlockKeys : round_up((source.length + blocks - 1) / blocks, Simd<A>::W);
+  const int64_t length = keys.end - keys.begin, blocks = (length + kBlockKeys - 1) / kBlockKeys;
+  return blocks == 0 ? kBlockKeys : round_up((length + blocks - 1) / blocks, Simd<A>::W);
 }
 
 TRANSFUSE_INLINE double weight_at(const Weight& w, int64_t b, int64_t h, int64_t i) {
@@ -72,13 +136,13 @@ static void load_token(const View& x, int64_t b, int64_t h, int64_t token, int64
   for (int64_t i = 0; i < n; ++i) dst[i] = (A(1) - w) * dst[i] + w * other[i];
 }
 
-// Tokens [first, first + count) as rows of dst, columns zero-padded to ld, rows zero-padded to `rows`.
+// Positions [first, first + count) as rows of dst, columns zero-padded to ld, rows zero-padded to `rows`.
 template <class A>
-static void load_tokens(const View& x, int64_t b, int64_t h, int64_t first, int64_t count, int64_t rows, int64_t n,
-                        A* dst, int64_t ld) {
+static void load_tokens(const View& x, Tokens tokens, int64_t b, int64_t h, int64_t first, int64_t count, int64_t rows,
+                        int64_t n, A* dst, int64_t ld) {
   for (int64_t i = 0; i < count; ++i) {
     A* row = dst + i * ld;
-    load_row(x.ptr, x.dtype, b * x.stride[0] + h * x.stride[1] + (first + i) * x.stride[2], x.stride[3], n, row);
+    load_row(x.ptr, x.dtype, b * x.stride[0] + h * x.stride[1] + tokens[first + i] * x.stride[2], x.stride[3], n, row);
     for (int64_t d = n; d < ld; ++d) row[d] = A(0);
   }
   if (rows > count) std::memset(dst + count * ld, 0, (rows - count) * ld * sizeof(A));
@@ -141,20 +205,20 @@ TRANSFUSE_INLINE int64_t causal_end(const SourceView& s, int64_t i, int64_t quer
 enum class Visible { none, some, all };
 
 // Whether rows [i0, i0 + rows) may attend to keys [j0, j0 + cols): decides from the causal rule and the mask bytes.
-static Visible block_visible(const SourceView& s, int64_t b, int64_t h, int64_t i0, int64_t rows, int64_t j0,
-                             int64_t cols, int64_t queries) {
+static Visible block_visible(const SourceView& s, const AttentionShape& shape, int64_t b, int64_t h, int64_t i0,
+                             int64_t rows, int64_t j0, int64_t cols) {
   bool all = true;
-  if (s.causal != Causal::none) {
-    if (j0 >= causal_end(s, i0 + rows - 1, queries)) return Visible::none;
-    if (j0 + cols > causal_end(s, i0, queries)) all = false;
+  if (s.causal != Causal::none) {  // never beside windows: a position is its token
+    if (j0 >= causal_end(s, i0 + rows - 1, shape.queries)) return Visible::none;
+    if (j0 + cols > causal_end(s, i0, shape.queries)) all = false;
   }
   if (!s.mask.present()) return all ? Visible::all : Visible::some;
-  const uint8_t* m = (const uint8_t*)s.mask.ptr + b * s.mask.stride[0] + h * s.mask.stride[1] + i0 * s.mask.stride[2] +
-                     j0 * s.mask.stride[3];
+  const Tokens tokens = query_tokens(shape);
+  const uint8_t* m = (const uint8_t*)s.mask.ptr + b * s.mask.stride[0] + h * s.mask.stride[1] + j0 * s.mask.stride[3];
   const int64_t mask_rows = s.mask.stride[2] == 0 ? 1 : rows, mask_cols = s.mask.stride[3] == 0 ? 1 : cols;
   bool any = false, every = true;
   for (int64_t i = 0; i < mask_rows && (!any || every); ++i) {
-    const uint8_t* row = m + i * s.mask.stride[2];
+    const uint8_t* row = m + tokens[i0 + i] * s.mask.stride[2];
     if (s.mask.stride[3] == 1) {
       uint8_t low = 1, high = 0;
       for (int64_t j = 0; j < mask_cols; ++j) {
@@ -176,25 +240,55 @@ static Visible block_visible(const SourceView& s, int64_t b, int64_t h, int64_t 
   return all && every ? Visible::all : Visible::some;
 }
 
+// Whether the bias codes of keys [j0, j0 + cols) of a window count up by one: their biases lie side by side.
+TRANSFUSE_INLINE bool codes_adjacent(const Windows& w, int64_t j0, int64_t cols) {
+  for (int64_t j = 1; j < cols; ++j)
+    if (w.key_code[j0 + j] != w.key_code[j0] + j) return false;
+  return true;
+}
+
+// Elements of a bias (or of its tangent) that belong to query position i and keys [j0, j0 + cols).
+template <class A>
+static void load_bias(const View& x, const SourceView& s, const AttentionShape& shape, int64_t b, int64_t h, int64_t i,
+                      int64_t j0, int64_t cols, A* dst) {
+  const int64_t base = b * x.stride[0] + h * x.stride[1];
+  if (!s.windowed) {
+    load_row(x.ptr, x.dtype, base + query_tokens(shape)[i] * x.stride[2] + j0 * x.stride[3], x.stride[3], cols, dst);
+    return;
+  }
+  const Windows& w = shape.windows;
+  const int64_t row = base + w.query_code[i] * x.stride[3];
+  const int32_t* code = w.key_code + j0;
+  if (code[cols - 1] - code[0] == cols - 1 && codes_adjacent(w, j0, cols)) {
+    load_row(x.ptr, x.dtype, row + code[0] * x.stride[3], x.stride[3], cols, dst);
+  } else if (x.dtype == (sizeof(A) == 8 ? DType::f64 : DType::f32)) {
+    const A* p = static_cast<const A*>(x.ptr) + row;
+    for (int64_t j = 0; j < cols; ++j) dst[j] = p[code[j] * x.stride[3]];
+  } else {
+    for (int64_t j = 0; j < cols; ++j) dst[j] = load_scalar<A>(x.ptr, x.dtype, row + code[j] * x.stride[3]);
+  }
+}
+
 // Raw products -> base-2 logits in place: x * factor + bias * log2(e); -inf where a key is hidden, and in the padding.
 // `factor` is scale * log2(e); `bias_row` is scratch of `padded` elements.
 template <class A>
-static void finish_logits(const SourceView& s, int64_t b, int64_t h, int64_t i0, int64_t rows, int64_t j0, int64_t cols,
-                          int64_t padded, int64_t queries, Visible visible, A factor, A* x, int64_t ld, A* bias_row) {
+static void finish_logits(const SourceView& s, const AttentionShape& shape, int64_t b, int64_t h, int64_t i0,
+                          int64_t rows, int64_t j0, int64_t cols, int64_t padded, Visible visible, A factor, A* x,
+                          int64_t ld, A* bias_row) {
   const bool masked = visible != Visible::all && s.mask.present();
+  const Tokens tokens = query_tokens(shape);
   for (int64_t r = 0; r < rows; ++r) {
     A* row = x + r * ld;
     const int64_t i = i0 + r;
     if (s.bias.present()) {
-      const int64_t offset = b * s.bias.stride[0] + h * s.bias.stride[1] + i * s.bias.stride[2] + j0 * s.bias.stride[3];
-      if (r == 0 || s.bias.stride[2] != 0) load_row(s.bias.ptr, s.bias.dtype, offset, s.bias.stride[3], cols, bias_row);
+      if (r == 0 || s.windowed || s.bias.stride[2] != 0) load_bias(s.bias, s, shape, b, h, i, j0, cols, bias_row);
       for (int64_t j = 0; j < cols; ++j) row[j] = row[j] * factor + bias_row[j] * (A)kLog2E;
     } else {
       for (int64_t j = 0; j < cols; ++j) row[j] *= factor;
     }
     if (masked) {
       const uint8_t* m = (const uint8_t*)s.mask.ptr + b * s.mask.stride[0] + h * s.mask.stride[1] +
-                         i * s.mask.stride[2] + j0 * s.mask.stride[3];
+                         tokens[i] * s.mask.stride[2] + j0 * s.mask.stride[3];
       if (s.mask.stride[3] == 1) {
         for (int64_t j = 0; j < cols; ++j) row[j] = m[j] != 0 ? row[j] : negative_infinity<A>();
       } else {
@@ -204,7 +298,7 @@ static void finish_logits(const SourceView& s, int64_t b, int64_t h, int64_t i0,
     }
     int64_t end = cols;
     if (visible != Visible::all && s.causal != Causal::none) {
-      end = causal_end(s, i, queries) - j0;
+      end = causal_end(s, i, shape.queries) - j0;
       end = end < 0 ? 0 : end > cols ? cols : end;
     }
     for (int64_t j = end; j < padded; ++j) row[j] = negative_infinity<A>();

@@ -30,6 +30,7 @@ class Static(NamedTuple):
     causal: tuple[int, ...]
     backend: str = "cpu"
     bias_grads: tuple[bool, ...] = ()  # which biases a backward differentiates
+    windows: tuple[int, ...] = ()  # a WindowGrid's numbers: source 0 is seen within windows
 
 
 class Core(NamedTuple):
@@ -142,6 +143,7 @@ def _arguments(core: Core, static: Static) -> tuple:
         core.indices,
         list(static.scales),
         list(static.causal),
+        list(static.windows),
     )
 
 

@@ -2,9 +2,9 @@
 
 Every logit is formed, so this is for understanding, for tests, and for devices without a kernel.
 Arithmetic is float64 for float64 inputs and float32 for all others; blended tokens and results are
-rounded once, to the dtype of the inputs. Plain autograd differentiates it to any order, forward and reverse. Guards (``torch.where``
-before, not only after, the operation that would overflow) keep derivatives of fully masked rows and
-of -inf biases at zero instead of NaN.
+rounded once, to the dtype of the inputs. Plain autograd differentiates it to any order, forward and
+reverse. Guards (``torch.where`` before, not only after, the operation that would overflow) keep
+derivatives of fully masked rows and of -inf biases at zero instead of NaN.
 """
 
 from __future__ import annotations
