@@ -131,6 +131,11 @@ struct BackwardTask {
     const A* lse = static_cast<const A*>(args.lse);
     const A scale = (A)src.scale;
     const Tokens tokens = query_tokens(shape);
+    BiasRow moving = BiasRow::none;
+    if (kTangent) {
+      moving = bias_row_kind(args.tangents[source].bias, src, shape, j0, cols);
+      for (int64_t j = 0; j < padded; ++j) bias_row[j] = A(0);
+    }
     for (int64_t r = 0; r < count; ++r) {
       const int64_t i = (b * shape.heads + h) * shape.queries + tokens[i0 + r];
       const A shift = shift_of(lse[i]), delta = rows.delta[i];
@@ -145,7 +150,10 @@ struct BackwardTask {
       }
       A *tr = t + r * ldk, *zr = z + r * ldk;
       const A mu = rows.mu[i], rho = rows.rho[i];
-      load_bias_tangent(source, b, h, i0 + r, j0, cols, padded);
+      if (moving != BiasRow::none) {
+        const A* row = load_bias(args.tangents[source].bias, moving, src, shape, b, h, i0 + r, j0, cols, bias_row);
+        if (row != bias_row) copy_row(row, cols, bias_row);
+      }
       for (int v = 0; v < vecs; ++v) {
         const V p = vexp2(load<V>(sr + v * W) * factor - shift);
         const V tangent = load<V>(tr + v * W) * scale + load<V>(bias_row + v * W);
@@ -160,16 +168,6 @@ struct BackwardTask {
       std::memset(s + r * ldk, 0, ldk * sizeof(A));
       std::memset(w + r * ldk, 0, ldk * sizeof(A));
       if (kTangent) std::memset(t + r * ldk, 0, ldk * sizeof(A));
-    }
-  }
-
-  void load_bias_tangent(int source, int64_t b, int64_t h, int64_t i, int64_t j0, int64_t cols, int64_t padded) {
-    const View& x = args.tangents[source].bias;
-    if (x.present()) {
-      load_bias(x, args.sources[source], args.shape, b, h, i, j0, cols, bias_row);
-      for (int64_t j = cols; j < padded; ++j) bias_row[j] = A(0);
-    } else {
-      for (int64_t j = 0; j < padded; ++j) bias_row[j] = A(0);
     }
   }
 

@@ -15,6 +15,14 @@ struct KeyBlockPacker {
   using A = typename P::Acc;
   static void keys(const SourceView& s, Tokens tokens, int64_t sb, int64_t h, int64_t j0, int64_t cols, int64_t padded,
                    int64_t n, A* rows, A* other, typename P::Unit* dst) {
+    const View& k = s.key;
+    const bool in_place = k.dtype == (sizeof(A) == 8 ? DType::f64 : DType::f32) && k.stride[3] == 1 &&
+                          tokens.list == nullptr && !s.key_blend.other.present();
+    if (in_place) {
+      const A* first = static_cast<const A*>(k.ptr) + sb * k.stride[0] + h * k.stride[1] + j0 * k.stride[2];
+      transpose_panels<P>(first, k.stride[2], cols, padded, n, dst);
+      return;
+    }
     for (int64_t j = 0; j < cols; ++j) load_token(s.key, sb, h, tokens[j0 + j], n, &s.key_blend, rows + j * n, other);
     transpose_panels<P>(rows, n, cols, padded, n, dst);
   }
@@ -22,7 +30,10 @@ struct KeyBlockPacker {
                      typename P::Unit* dst, int64_t ld) {
     load_tokens(s.value, tokens, sb, h, j0, cols, cols, n, dst, ld);
   }
-  static void queries(const A* row, int64_t n, typename P::Unit* dst) { std::memcpy(dst, row, n * sizeof(A)); }
+  static void query(const AttentionForward& args, int64_t b, int64_t h, int64_t token, A* other,
+                    typename P::Unit* dst) {
+    load_token(args.query, b, h, token, args.shape.key_dim, &args.query_blend, dst, other);
+  }
 };
 
 #if TRANSFUSE_BF16_DOT
@@ -64,10 +75,12 @@ struct KeyBlockPacker<DotBf16> {
       for (int64_t d = n; d < ld; ++d) out[d] = 0;
     }
   }
-  static void queries(const float* row, int64_t n, uint32_t* dst) {
+  static void query(const AttentionForward& args, int64_t b, int64_t h, int64_t token, float* other, uint32_t* dst) {
+    const int64_t n = args.shape.key_dim;
+    load_token(args.query, b, h, token, n, &args.query_blend, other, other + n);
     uint16_t* half = reinterpret_cast<uint16_t*>(dst);
     half[(n + 1) / 2 * 2 - 1] = 0;
-    narrow_bf16(row, n, half);
+    narrow_bf16(other, n, half);
   }
 };
 #endif
@@ -80,7 +93,8 @@ struct ForwardTask {
   static constexpr int W = Simd<A>::W;
 
   const AttentionForward& args;
-  int64_t chunk;  // query rows of a task
+  int64_t chunk;               // query rows of a run
+  const Run* ahead = nullptr;  // windows only: the run that follows, in the same head
   int64_t depth_units, ldq, ldo, ldv, lds, ldp;
   int value_vecs;
 
@@ -154,9 +168,22 @@ struct ForwardTask {
         total += p;
       }
       row_sum[r0 + r] += horizontal_sum<A>(total);
+      if (ahead != nullptr) prefetch(b, h, ahead->begin + r0 + r);
       pack_probs(r, x, padded);
     }
     accumulate(r0, count, tile_rows, cols);
+  }
+
+  // Asks for the rows of a position of the next window. One position per softmax row: a core waits when it asks for
+  // more lines than it can keep in flight.
+  void prefetch(int64_t b, int64_t h, int64_t position) {
+    if (position >= ahead->end) return;
+    const SourceView& source = args.sources[0];
+    const int64_t sb = source_batch(source, b), kv_head = h / (args.shape.heads / args.shape.kv_heads);
+    const int64_t token = args.shape.windows.tokens[position];
+    prefetch_row(args.query, b, h, token, args.shape.key_dim);
+    prefetch_row(source.key, sb, kv_head, token, args.shape.key_dim);
+    prefetch_row(source.value, sb, kv_head, token, args.shape.value_dim);
   }
 
   // Brings a row's running sum and output to a new maximum.
@@ -215,11 +242,8 @@ struct ForwardTask {
     const Tokens tokens = query_tokens(shape);
     const int64_t i0 = positions.begin, count = positions.end - i0;
     const int64_t rows_padded = round_up(count, kTileRows);
-    std::memset(queries, 0, rows_padded * ldq * sizeof(Unit));
-    for (int64_t r = 0; r < count; ++r) {
-      load_token(args.query, b, h, tokens[i0 + r], shape.key_dim, &args.query_blend, other, other + shape.key_dim);
-      KeyBlockPacker<P>::queries(other, shape.key_dim, queries + r * ldq);
-    }
+    for (int64_t r = 0; r < count; ++r) KeyBlockPacker<P>::query(args, b, h, tokens[i0 + r], other, queries + r * ldq);
+    std::memset(queries + count * ldq, 0, (rows_padded - count) * ldq * sizeof(Unit));
     const bool single = args.group_count == 1;
     if (!single) std::memset(sum, 0, count * ldo * sizeof(A));
     for (int g = 0; g < args.group_count; ++g) {
@@ -277,11 +301,18 @@ static void forward_with(const AttentionForward& args, const Parallel& parallel)
   if (chunk > round_up(s.queries, kBlockRows)) chunk = round_up(s.queries, kBlockRows);
   if (chunk == 0) return;
   const Runs runs(s, chunk);
-  for_each_task(parallel, heads * runs.count, [&](int64_t task) {
+  // Small windows are too little for a task: several share one, each fetching rows of the next.
+  constexpr int64_t kRowsWorthATask = 256;
+  const int64_t together = s.windows.present() ? runs.count * kRowsWorthATask / s.queries : 1;
+  const int64_t group = together < 1 ? 1 : together, groups = (runs.count + group - 1) / group;
+  for_each_task(parallel, heads * groups, [&](int64_t task) {
     ForwardTask<P> t(args, chunk);
     t.carve(static_cast<char*>(thread_scratch(t.carve(nullptr))));
-    const int64_t bh = task / runs.count;
-    t.run(bh / s.heads, bh % s.heads, runs.list.data[task % runs.count]);
+    const int64_t bh = task / groups, b = bh / s.heads, h = bh % s.heads, first = task % groups * group;
+    for (int64_t i = first; i < first + group && i < runs.count; ++i) {
+      t.ahead = group > 1 && i + 1 < runs.count ? runs.list.data + i + 1 : nullptr;
+      t.run(b, h, runs.list.data[i]);
+    }
   });
 }
 

@@ -112,11 +112,15 @@ struct TangentTask {
     const A scale = (A)src.scale;
     const A* lse = static_cast<const A*>(args.lse) + (b * shape.heads + h) * shape.queries;
     const Tokens tokens = query_tokens(shape);
+    const BiasRow moving = bias_row_kind(tangent.bias, src, shape, j0, cols);
+    for (int64_t j = 0; j < padded; ++j) bias_row[j] = A(0);
     for (int64_t r = 0; r < count; ++r) {
       A *sr = s + r * ldk, *tr = t + r * ldk;
       const A shift = shift_of(lse[tokens[i0 + r]]);
-      for (int64_t j = 0; j < padded; ++j) bias_row[j] = A(0);
-      if (tangent.bias.present()) load_bias(tangent.bias, src, shape, b, h, i0 + r, j0, cols, bias_row);
+      if (moving != BiasRow::none) {
+        const A* row = load_bias(tangent.bias, moving, src, shape, b, h, i0 + r, j0, cols, bias_row);
+        if (row != bias_row) copy_row(row, cols, bias_row);
+      }
       V total{};
       for (int v = 0; v < vecs; ++v) {
         const V p = vexp2(load<V>(sr + v * W) * factor - shift);

@@ -171,6 +171,13 @@ TRANSFUSE_INLINE void transpose_8x8(const Unit* src, int64_t src_ld, Unit* dst, 
 }
 #endif
 
+// Asks for the cache lines of a row ahead of its use.
+TRANSFUSE_INLINE void prefetch_row(const View& x, int64_t b, int64_t h, int64_t token, int64_t n) {
+  const int64_t size = item_size(x.dtype);
+  const char* row = (const char*)x.ptr + (b * x.stride[0] + h * x.stride[1] + token * x.stride[2]) * size;
+  for (int64_t at = 0; at < n * size; at += 64) __builtin_prefetch(row + at, 0, 2);
+}
+
 // Packs rows src[j][0..n), j < count, as columns of panels (see gemm_panels); columns up to `padded` are zero.
 template <class P>
 static void transpose_panels(const typename P::Unit* src, int64_t src_ld, int64_t count, int64_t padded, int64_t n,
@@ -240,33 +247,41 @@ static Visible block_visible(const SourceView& s, const AttentionShape& shape, i
   return all && every ? Visible::all : Visible::some;
 }
 
-// Whether the bias codes of keys [j0, j0 + cols) of a window count up by one: their biases lie side by side.
-TRANSFUSE_INLINE bool codes_adjacent(const Windows& w, int64_t j0, int64_t cols) {
+// How the bias of a block of keys lies in memory, the same for every query row.
+enum class BiasRow { none, adjacent, scattered };
+
+// Windowed keys whose codes count up by one have their biases side by side.
+TRANSFUSE_INLINE BiasRow bias_row_kind(const View& x, const SourceView& s, const AttentionShape& shape, int64_t j0,
+                                       int64_t cols) {
+  if (!x.present()) return BiasRow::none;
+  if (!s.windowed) return BiasRow::adjacent;
+  const int32_t* code = shape.windows.key_code + j0;
   for (int64_t j = 1; j < cols; ++j)
-    if (w.key_code[j0 + j] != w.key_code[j0] + j) return false;
-  return true;
+    if (code[j] != code[0] + j) return BiasRow::scattered;
+  return BiasRow::adjacent;
 }
 
-// Elements of a bias (or of its tangent) that belong to query position i and keys [j0, j0 + cols).
+// Elements of a bias (or of its tangent) that belong to query position i and keys [j0, j0 + cols): in place where they
+// can be read there, otherwise in `buffer`.
 template <class A>
-static void load_bias(const View& x, const SourceView& s, const AttentionShape& shape, int64_t b, int64_t h, int64_t i,
-                      int64_t j0, int64_t cols, A* dst) {
-  const int64_t base = b * x.stride[0] + h * x.stride[1];
-  if (!s.windowed) {
-    load_row(x.ptr, x.dtype, base + query_tokens(shape)[i] * x.stride[2] + j0 * x.stride[3], x.stride[3], cols, dst);
-    return;
-  }
+static const A* load_bias(const View& x, BiasRow kind, const SourceView& s, const AttentionShape& shape, int64_t b,
+                          int64_t h, int64_t i, int64_t j0, int64_t cols, A* buffer) {
+  constexpr DType own = sizeof(A) == 8 ? DType::f64 : DType::f32;
   const Windows& w = shape.windows;
-  const int64_t row = base + w.query_code[i] * x.stride[3];
-  const int32_t* code = w.key_code + j0;
-  if (code[cols - 1] - code[0] == cols - 1 && codes_adjacent(w, j0, cols)) {
-    load_row(x.ptr, x.dtype, row + code[0] * x.stride[3], x.stride[3], cols, dst);
-  } else if (x.dtype == (sizeof(A) == 8 ? DType::f64 : DType::f32)) {
+  int64_t row = b * x.stride[0] + h * x.stride[1];
+  row += s.windowed ? w.query_code[i] * x.stride[3] : query_tokens(shape)[i] * x.stride[2];
+  if (kind == BiasRow::adjacent) {
+    row += (s.windowed ? w.key_code[j0] : j0) * x.stride[3];
+    if (x.dtype == own && x.stride[3] == 1) return static_cast<const A*>(x.ptr) + row;
+    load_row(x.ptr, x.dtype, row, x.stride[3], cols, buffer);
+  } else if (x.dtype == own) {
     const A* p = static_cast<const A*>(x.ptr) + row;
-    for (int64_t j = 0; j < cols; ++j) dst[j] = p[code[j] * x.stride[3]];
+    for (int64_t j = 0; j < cols; ++j) buffer[j] = p[w.key_code[j0 + j] * x.stride[3]];
   } else {
-    for (int64_t j = 0; j < cols; ++j) dst[j] = load_scalar<A>(x.ptr, x.dtype, row + code[j] * x.stride[3]);
+    for (int64_t j = 0; j < cols; ++j)
+      buffer[j] = load_scalar<A>(x.ptr, x.dtype, row + w.key_code[j0 + j] * x.stride[3]);
   }
+  return buffer;
 }
 
 // Raw products -> base-2 logits in place: x * factor + bias * log2(e); -inf where a key is hidden, and in the padding.
@@ -277,12 +292,15 @@ static void finish_logits(const SourceView& s, const AttentionShape& shape, int6
                           int64_t ld, A* bias_row) {
   const bool masked = visible != Visible::all && s.mask.present();
   const Tokens tokens = query_tokens(shape);
+  const BiasRow kind = bias_row_kind(s.bias, s, shape, j0, cols);
+  const A* bias = nullptr;
   for (int64_t r = 0; r < rows; ++r) {
     A* row = x + r * ld;
     const int64_t i = i0 + r;
-    if (s.bias.present()) {
-      if (r == 0 || s.windowed || s.bias.stride[2] != 0) load_bias(s.bias, s, shape, b, h, i, j0, cols, bias_row);
-      for (int64_t j = 0; j < cols; ++j) row[j] = row[j] * factor + bias_row[j] * (A)kLog2E;
+    if (kind != BiasRow::none) {
+      if (r == 0 || s.windowed || s.bias.stride[2] != 0)
+        bias = load_bias(s.bias, kind, s, shape, b, h, i, j0, cols, bias_row);
+      for (int64_t j = 0; j < cols; ++j) row[j] = row[j] * factor + bias[j] * (A)kLog2E;
     } else {
       for (int64_t j = 0; j < cols; ++j) row[j] *= factor;
     }
