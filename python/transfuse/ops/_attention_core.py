@@ -114,8 +114,11 @@ def _expanding(launch: Callable, offset: int) -> Callable:
                 None if t is None else t.expand(shape)
                 for t, shape in zip(args[position], shapes, strict=True)
             ]
+        windows = args.pop(offset + 8)
+        if len(windows) > 0:
+            raise NotImplementedError("the Triton attention core has no windows of its own")
         if launch.__name__.startswith("attention_jvp"):
-            position = offset + 13 if offset else 13
+            position = offset + 13
             args[position] = [
                 None if t is None else t.expand(shape)
                 for t, shape in zip(args[position], shapes, strict=True)

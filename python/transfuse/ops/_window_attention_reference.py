@@ -1,16 +1,22 @@
-"""Windowed attention written out: tokens gathered by window, ordinary attention, and back."""
+"""Windowed attention written out: tokens gathered by window, ordinary attention, and back.
+
+With the reference of attention in its middle this is the reference of ``window_attention``; with
+another differentiable core it serves where no kernel finds tokens by window itself.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from transfuse.ops import _windows
-from transfuse.ops._attention_reference import core_reference
 from transfuse.ops._windows import BIAS_NONE, BIAS_RELATIVE, Grid
 
 
-def windowed_core_reference(
+def windowed_core(
+    core: Callable[..., tuple[Tensor, Tensor]],
     query: Tensor,
     keys: list[Tensor],
     values: list[Tensor],
@@ -25,6 +31,8 @@ def windowed_core_reference(
     """One softmax per token over the keys of its window and over all further sources.
 
     Args:
+        core: attention of one softmax group, with the arguments of
+            :func:`~transfuse.ops._attention_reference.core_reference`.
         query, keys, values, scales: as the attention core takes them; source 0 is windowed.
         bias: (1, heads or 1, 1, codes) of ``bias_kind`` for source 0.
         biases, masks, indices: of all sources; those of source 0 are None but for the index.
@@ -58,6 +66,9 @@ def windowed_core_reference(
             own_bias = own_bias[..., index.flatten()]
         own_bias = own_bias.unflatten(-1, (slots, slots))
         own_bias = own_bias.expand(batch, -1, -1, -1).repeat_interleave(count, dim=0)
+    own_mask = None
+    if own.tokens < count * slots:
+        own_mask = taken.repeat(batch, 1)[:, None, None, :]
     rest = range(1, len(keys))
     shared = [
         torch.zeros(batch, dtype=torch.int64, device=query.device)
@@ -67,12 +78,12 @@ def windowed_core_reference(
         else indices[s]
         for s in rest
     ]
-    out, lse = core_reference(
+    out, lse = core(
         windowed(query),
         [windowed(keys[0]), *keys[1:]],
         [windowed(values[0]), *values[1:]],
         [own_bias, *(rowwise(biases[s]) for s in rest)],
-        [taken.repeat(batch, 1)[:, None, None, :], *(rowwise(masks[s]) for s in rest)],
+        [own_mask, *(rowwise(masks[s]) for s in rest)],
         [own_index.flatten(), *(index.repeat_interleave(count) for index in shared)],
         scales,
         [0] * len(keys),

@@ -179,6 +179,23 @@ def relative_index(window: tuple[int, ...], device: torch.device) -> Tensor:
     return _relative_index(window, device)
 
 
+def slot_codes(own: Grid, kind: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    """(slots,) int32 each: a bias of ``kind`` has entry query code + key code for two slots."""
+    if kind == BIAS_NONE:
+        return None, None
+    slot = torch.arange(own.slots, dtype=torch.int64)
+    if kind == BIAS_FULL:
+        codes = slot * own.slots, slot
+    else:
+        code, centre, rest = torch.zeros_like(slot), 0, own.slots
+        for side in own.window:
+            rest //= side
+            code = code * (2 * side - 1) + slot // rest % side
+            centre = centre * (2 * side - 1) + side - 1
+        codes = code + centre, -code
+    return tuple(c.to(device=device, dtype=torch.int32) for c in codes)
+
+
 def partition(x: Tensor, own: Grid, dim: int) -> Tensor:
     """Tokens along ``dim`` to (windows, slots), zero in empty slots."""
     index = tables(own, x.device).token

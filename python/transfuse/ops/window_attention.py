@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from transfuse import _backend, _checks
 from transfuse._autograd import needs_derivative
 from transfuse.ops import _attention_ops, _windows
 from transfuse.ops._attention_core import Static, functions, raw
-from transfuse.ops._attention_reference import _mix
+from transfuse.ops._attention_reference import _mix, core_reference
 from transfuse.ops._sources import (
     CAUSAL_NONE,
     KV,
@@ -21,7 +21,7 @@ from transfuse.ops._sources import (
     normalise,
     require_one_softmax,
 )
-from transfuse.ops._window_attention_reference import windowed_core_reference
+from transfuse.ops._window_attention_reference import windowed_core
 from transfuse.ops._windows import BIAS_FULL, BIAS_NONE, BIAS_RELATIVE, Grid
 
 __all__ = ["window_attention", "window_partition", "window_reverse"]
@@ -118,10 +118,11 @@ def window_attention(
         )
     ]
     if chosen == "reference":
-        out, _ = _reference(call, keys, bias, kind, own)
-        return out.to(query.dtype)
+        return _gathered(core_reference, call, keys, bias, kind, own)
     if chosen == "composed":
         return _composed(call, keys, bias, kind, own)
+    if chosen == "triton":
+        return _triton(call, keys, bias, kind, own)
     bias, kind = _dense_bias(bias, kind, call.query, own)
     biases = [bias, *call.biases[1:]]
     tensors = (call.query, *keys, *call.values, *biases, *call.masks, *call.indices)
@@ -271,10 +272,16 @@ def _dense_bias(
     return bias.index_select(3, index.flatten()), BIAS_FULL
 
 
-def _reference(
-    call: Normalised, keys: list[Tensor], bias: Tensor | None, kind: int, own: Grid
-) -> tuple[Tensor, Tensor]:
-    return windowed_core_reference(
+def _gathered(
+    core: Callable[..., tuple[Tensor, Tensor]],
+    call: Normalised,
+    keys: list[Tensor],
+    bias: Tensor | None,
+    kind: int,
+    own: Grid,
+) -> Tensor:
+    out, _ = windowed_core(
+        core,
         call.query,
         keys,
         call.values,
@@ -286,6 +293,30 @@ def _reference(
         call.scales,
         own,
     )
+    return out
+
+
+def _triton(
+    call: Normalised, keys: list[Tensor], bias: Tensor | None, kind: int, own: Grid
+) -> Tensor:
+    """One kernel without derivatives or extra keys, else Triton attention on gathered windows."""
+    plain = len(keys) == 1 and call.indices[0] is None
+    if plain and not needs_derivative((call.query, *keys, *call.values, bias)):
+        from transfuse.triton_kernels.window_attention import window_attention_forward
+
+        table = _windows.tables(own, call.query.device).token.int()
+        codes = _windows.slot_codes(own, kind, call.query.device)
+        out, _ = window_attention_forward(
+            call.query, keys[0], call.values[0], bias, *codes, table, call.scales[0]
+        )
+        return out
+
+    def core(query, keys, values, biases, masks, indices, scales, causal):
+        static = Static(tuple(scales), tuple(causal), "triton")
+        tensors = (query, *keys, *values, *biases, *masks, *indices)
+        return functions.forward(static, tensors)
+
+    return _gathered(core, call, keys, bias, kind, own)
 
 
 def _composed(
@@ -293,7 +324,7 @@ def _composed(
 ) -> Tensor:
     """Eager torch where no kernel is a default: SDPA on gathered windows."""
     if len(keys) > 1 or call.indices[0] is not None:
-        return _reference(call, keys, bias, kind, own)[0].to(call.query.dtype)
+        return _gathered(core_reference, call, keys, bias, kind, own)
     query = call.query
     batch, heads = query.shape[:2]
     tables = _windows.tables(own, query.device)
