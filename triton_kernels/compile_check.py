@@ -30,6 +30,7 @@ from .adain import plan_content, plan_style
 from .attention_backward import Tangents, plan_gradients
 from .attention_forward import plan_forward, plan_fused
 from .attention_jvp import plan_jvp
+from .window_attention import plan_forward as plan_windows
 
 # Shared memory one block may use, in bytes.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
@@ -153,6 +154,15 @@ def _adain(direction: int, dtype: torch.dtype, layout: torch.memory_format) -> l
     return launches
 
 
+def _windows(dtype: torch.dtype, width: int, slots: int, biased: bool) -> list[Launch]:
+    """Four windows of ``slots`` tokens of 2 x 8 heads."""
+    tensor = _meta(2, 8, 4 * slots, width, dtype=dtype)
+    bias = _meta(1, 8, 1, slots * slots, dtype=dtype) if biased else None
+    codes = [_meta(slots, dtype=torch.int32) if biased else None] * 2
+    table = _meta(4, slots, dtype=torch.int32)
+    return plan_windows(tensor, tensor, tensor, bias, *codes, table, width**-0.5)[1]
+
+
 def cases() -> list[Case]:
     """The compact set that is compiled."""
     single, half, brain = torch.float32, torch.float16, torch.bfloat16
@@ -178,6 +188,9 @@ def cases() -> list[Case]:
         Case("jvp_backward bf16 D=64", _Call(brain, 64).jvp_backward),
         Case("jvp_backward bf16 D=128", _Call(brain, 128).jvp_backward),
         Case("jvp_backward fp32 D=40 all", _Call(single, 40, (100,), "full", "key").jvp_backward),
+        Case("windows bf16 D=64", lambda: _windows(brain, 64, 1024, False), hot=True),
+        Case("windows bf16 D=32 bias", lambda: _windows(brain, 32, 49, True), hot=True),
+        Case("windows fp32 D=40", lambda: _windows(single, 40, 1024, False)),
         Case("adain forward fp32", lambda: _adain(0, single, torch.contiguous_format), hot=True),
         Case("adain forward bf16 c. last", lambda: _adain(0, brain, torch.channels_last), hot=True),
         Case("adain backward bf16", lambda: _adain(1, brain, torch.contiguous_format)),

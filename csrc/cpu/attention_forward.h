@@ -13,24 +13,35 @@ namespace TRANSFUSE_ISA {
 template <class P>
 struct KeyBlockPacker {
   using A = typename P::Acc;
-  static void keys(const SourceView& s, int64_t sb, int64_t h, int64_t j0, int64_t cols, int64_t padded, int64_t n,
-                   A* rows, A* other, typename P::Unit* dst) {
-    for (int64_t j = 0; j < cols; ++j) load_token(s.key, sb, h, j0 + j, n, &s.key_blend, rows + j * n, other);
+  static void keys(const SourceView& s, Tokens tokens, int64_t sb, int64_t h, int64_t j0, int64_t cols, int64_t padded,
+                   int64_t n, A* rows, A* other, typename P::Unit* dst) {
+    const View& k = s.key;
+    const bool in_place = k.dtype == (sizeof(A) == 8 ? DType::f64 : DType::f32) && k.stride[3] == 1 &&
+                          tokens.list == nullptr && !s.key_blend.other.present();
+    if (in_place) {
+      const A* first = static_cast<const A*>(k.ptr) + sb * k.stride[0] + h * k.stride[1] + j0 * k.stride[2];
+      transpose_panels<P>(first, k.stride[2], cols, padded, n, dst);
+      return;
+    }
+    for (int64_t j = 0; j < cols; ++j) load_token(s.key, sb, h, tokens[j0 + j], n, &s.key_blend, rows + j * n, other);
     transpose_panels<P>(rows, n, cols, padded, n, dst);
   }
-  static void values(const SourceView& s, int64_t sb, int64_t h, int64_t j0, int64_t cols, int64_t n, A*,
+  static void values(const SourceView& s, Tokens tokens, int64_t sb, int64_t h, int64_t j0, int64_t cols, int64_t n,
                      typename P::Unit* dst, int64_t ld) {
-    load_tokens(s.value, sb, h, j0, cols, cols, n, dst, ld);
+    load_tokens(s.value, tokens, sb, h, j0, cols, cols, n, dst, ld);
   }
-  static void queries(const A* row, int64_t n, typename P::Unit* dst) { std::memcpy(dst, row, n * sizeof(A)); }
+  static void query(const AttentionForward& args, int64_t b, int64_t h, int64_t token, A* other,
+                    typename P::Unit* dst) {
+    load_token(args.query, b, h, token, args.shape.key_dim, &args.query_blend, dst, other);
+  }
 };
 
 #if TRANSFUSE_BF16_DOT
 // Pairs along the depth: K^T in panels [d/2][key][2], V [key/2][d][2].
 template <>
 struct KeyBlockPacker<DotBf16> {
-  static void keys(const SourceView& s, int64_t sb, int64_t h, int64_t j0, int64_t cols, int64_t padded, int64_t n,
-                   float* rows, float* other, uint32_t* dst) {
+  static void keys(const SourceView& s, Tokens tokens, int64_t sb, int64_t h, int64_t j0, int64_t cols, int64_t padded,
+                   int64_t n, float* rows, float* other, uint32_t* dst) {
     const int64_t pairs = (n + 1) / 2;
     uint32_t* packed = reinterpret_cast<uint32_t*>(rows);  // rows holds cols * (n + 1) floats: room for the pairs
     const bool direct = !s.key_blend.other.present() && s.key.stride[3] == 1;
@@ -39,36 +50,37 @@ struct KeyBlockPacker<DotBf16> {
       half[2 * pairs - 1] = 0;
       if (direct) {
         const uint16_t* k =
-            (const uint16_t*)s.key.ptr + sb * s.key.stride[0] + h * s.key.stride[1] + (j0 + j) * s.key.stride[2];
+            (const uint16_t*)s.key.ptr + sb * s.key.stride[0] + h * s.key.stride[1] + tokens[j0 + j] * s.key.stride[2];
         std::memcpy(half, k, n * sizeof(uint16_t));
       } else {
-        load_token(s.key, sb, h, j0 + j, n, &s.key_blend, other, other + n);
+        load_token(s.key, sb, h, tokens[j0 + j], n, &s.key_blend, other, other + n);
         narrow_bf16(other, n, half);
       }
     }
     transpose_panels<DotBf16>(packed, pairs, cols, padded, pairs, dst);
   }
-  static void values(const SourceView& s, int64_t sb, int64_t h, int64_t j0, int64_t cols, int64_t n, float* rows,
+  static void values(const SourceView& s, Tokens tokens, int64_t sb, int64_t h, int64_t j0, int64_t cols, int64_t n,
                      uint32_t* dst, int64_t ld) {
+    const uint16_t* base = (const uint16_t*)s.value.ptr + sb * s.value.stride[0] + h * s.value.stride[1];
+    const int64_t step = s.value.stride[3];
     for (int64_t j = 0; j < cols; j += 2) {
       uint32_t* out = dst + j / 2 * ld;
-      const uint16_t* v =
-          (const uint16_t*)s.value.ptr + sb * s.value.stride[0] + h * s.value.stride[1] + (j0 + j) * s.value.stride[2];
-      const uint16_t* next = v + s.value.stride[2];
-      const int64_t step = s.value.stride[3];
+      const uint16_t* v = base + tokens[j0 + j] * s.value.stride[2];
       if (j + 1 < cols) {
+        const uint16_t* next = base + tokens[j0 + j + 1] * s.value.stride[2];
         for (int64_t d = 0; d < n; ++d) out[d] = (uint32_t)v[d * step] | (uint32_t)next[d * step] << 16;
       } else {
         for (int64_t d = 0; d < n; ++d) out[d] = v[d * step];
       }
       for (int64_t d = n; d < ld; ++d) out[d] = 0;
     }
-    (void)rows;
   }
-  static void queries(const float* row, int64_t n, uint32_t* dst) {
+  static void query(const AttentionForward& args, int64_t b, int64_t h, int64_t token, float* other, uint32_t* dst) {
+    const int64_t n = args.shape.key_dim;
+    load_token(args.query, b, h, token, n, &args.query_blend, other, other + n);
     uint16_t* half = reinterpret_cast<uint16_t*>(dst);
     half[(n + 1) / 2 * 2 - 1] = 0;
-    narrow_bf16(row, n, half);
+    narrow_bf16(other, n, half);
   }
 };
 #endif
@@ -81,7 +93,8 @@ struct ForwardTask {
   static constexpr int W = Simd<A>::W;
 
   const AttentionForward& args;
-  int64_t chunk;  // query rows of a task
+  int64_t chunk;               // query rows of a run
+  const Run* ahead = nullptr;  // windows only: the run that follows, in the same head
   int64_t depth_units, ldq, ldo, ldv, lds, ldp;
   int value_vecs;
 
@@ -128,7 +141,7 @@ struct ForwardTask {
     A factor = (A)(s.scale * kLog2E);
     const bool plain = vis == Visible::all && !s.bias.present() && cols == padded && factor >= A(0);
     if (!plain) {
-      finish_logits(s, b, h, i0, count, j0, cols, padded, args.shape.queries, vis, factor, scores, lds, bias_row);
+      finish_logits(s, args.shape, b, h, i0, count, j0, cols, padded, vis, factor, scores, lds, bias_row);
       factor = A(1);
     }
     // Two passes over the rows: the folds of one row's maximum hide behind the loads of the next, and the exponentials
@@ -155,9 +168,22 @@ struct ForwardTask {
         total += p;
       }
       row_sum[r0 + r] += horizontal_sum<A>(total);
+      if (ahead != nullptr) prefetch(b, h, ahead->begin + r0 + r);
       pack_probs(r, x, padded);
     }
     accumulate(r0, count, tile_rows, cols);
+  }
+
+  // Asks for the rows of a position of the next window. One position per softmax row: a core waits when it asks for
+  // more lines than it can keep in flight.
+  void prefetch(int64_t b, int64_t h, int64_t position) {
+    if (position >= ahead->end) return;
+    const SourceView& source = args.sources[0];
+    const int64_t sb = source_batch(source, b), kv_head = h / (args.shape.heads / args.shape.kv_heads);
+    const int64_t token = args.shape.windows.tokens[position];
+    prefetch_row(args.query, b, h, token, args.shape.key_dim);
+    prefetch_row(source.key, sb, kv_head, token, args.shape.key_dim);
+    prefetch_row(source.value, sb, kv_head, token, args.shape.value_dim);
   }
 
   // Brings a row's running sum and output to a new maximum.
@@ -185,22 +211,24 @@ struct ForwardTask {
     }
   }
 
-  void source(const SourceView& s, int64_t b, int64_t h, int64_t i0, int64_t count) {
+  void source(const SourceView& s, int64_t b, int64_t h, int64_t window, int64_t i0, int64_t count) {
     const int64_t sb = source_batch(s, b), kv_head = h / (args.shape.heads / args.shape.kv_heads);
-    const int64_t block = key_block<A>(s);
-    for (int64_t j0 = 0; j0 < s.length; j0 += block) {
-      const int64_t cols = s.length - j0 < block ? s.length - j0 : block;
+    const Range keys = keys_of(s, args.shape.windows, window);
+    const Tokens tokens = key_tokens(s, args.shape);
+    const int64_t block = key_block<A>(s, keys);
+    for (int64_t j0 = keys.begin; j0 < keys.end; j0 += block) {
+      const int64_t cols = keys.end - j0 < block ? keys.end - j0 : block;
       const int64_t padded = round_up(cols, W);
       bool any = false;
       for (int64_t r = 0; r < count; r += kBlockRows) {
         const int64_t n = count - r < kBlockRows ? count - r : kBlockRows;
-        const Visible v = block_visible(s, b, h, i0 + r, n, j0, cols, args.shape.queries);
+        const Visible v = block_visible(s, args.shape, b, h, i0 + r, n, j0, cols);
         visible[r / kBlockRows] = v;
         any = any || v != Visible::none;
       }
       if (!any) continue;
-      KeyBlockPacker<P>::keys(s, sb, kv_head, j0, cols, padded, args.shape.key_dim, rows, other, key_t);
-      KeyBlockPacker<P>::values(s, sb, kv_head, j0, cols, args.shape.value_dim, rows, values, ldv);
+      KeyBlockPacker<P>::keys(s, tokens, sb, kv_head, j0, cols, padded, args.shape.key_dim, rows, other, key_t);
+      KeyBlockPacker<P>::values(s, tokens, sb, kv_head, j0, cols, args.shape.value_dim, values, ldv);
       for (int64_t r = 0; r < count; r += kBlockRows) {
         const int64_t n = count - r < kBlockRows ? count - r : kBlockRows;
         if (visible[r / kBlockRows] == Visible::none) continue;
@@ -209,14 +237,13 @@ struct ForwardTask {
     }
   }
 
-  void run(int64_t b, int64_t h, int64_t i0, int64_t count) {
+  void run(int64_t b, int64_t h, const Run& positions) {
     const AttentionShape& shape = args.shape;
+    const Tokens tokens = query_tokens(shape);
+    const int64_t i0 = positions.begin, count = positions.end - i0;
     const int64_t rows_padded = round_up(count, kTileRows);
-    std::memset(queries, 0, rows_padded * ldq * sizeof(Unit));
-    for (int64_t r = 0; r < count; ++r) {
-      load_token(args.query, b, h, i0 + r, shape.key_dim, &args.query_blend, other, other + shape.key_dim);
-      KeyBlockPacker<P>::queries(other, shape.key_dim, queries + r * ldq);
-    }
+    for (int64_t r = 0; r < count; ++r) KeyBlockPacker<P>::query(args, b, h, tokens[i0 + r], other, queries + r * ldq);
+    std::memset(queries + count * ldq, 0, (rows_padded - count) * ldq * sizeof(Unit));
     const bool single = args.group_count == 1;
     if (!single) std::memset(sum, 0, count * ldo * sizeof(A));
     for (int g = 0; g < args.group_count; ++g) {
@@ -228,20 +255,21 @@ struct ForwardTask {
         row_sum[r] = A(0);
       }
       for (int i = 0; i < args.source_count && !skip; ++i)
-        if (args.sources[i].group == g) source(args.sources[i], b, h, i0, count);
+        if (args.sources[i].group == g) source(args.sources[i], b, h, positions.window, i0, count);
       for (int64_t r = 0; r < count; ++r) {
         A* o = out + r * ldo;
         const A l = row_sum[r];
-        const A w = (A)weight_at(gate, b, h, i0 + r);
+        const int64_t token = tokens[i0 + r];
+        const A w = (A)weight_at(gate, b, h, token);
         const A inverse = l == A(0) ? A(0) : w / l;
         if (single) {
           for (int64_t d = 0; d < ldo; ++d) o[d] = w == A(0) ? A(0) : o[d] * inverse;
           store_row(args.out.ptr, args.out.dtype,
-                    b * args.out.stride[0] + h * args.out.stride[1] + (i0 + r) * args.out.stride[2], args.out.stride[3],
+                    b * args.out.stride[0] + h * args.out.stride[1] + token * args.out.stride[2], args.out.stride[3],
                     shape.value_dim, o);
           if (args.lse != nullptr) {
             const A lse = l == A(0) ? negative_infinity<A>() : (row_max[r] + (A)std::log2(l)) * (A)kLn2;
-            static_cast<A*>(args.lse)[(b * shape.heads + h) * shape.queries + i0 + r] = lse;
+            static_cast<A*>(args.lse)[(b * shape.heads + h) * shape.queries + token] = lse;
           }
         } else if (w != A(0)) {
           A* t = sum + r * ldo;
@@ -252,8 +280,8 @@ struct ForwardTask {
     if (!single) {
       for (int64_t r = 0; r < count; ++r)
         store_row(args.out.ptr, args.out.dtype,
-                  b * args.out.stride[0] + h * args.out.stride[1] + (i0 + r) * args.out.stride[2], args.out.stride[3],
-                  shape.value_dim, sum + r * ldo);
+                  b * args.out.stride[0] + h * args.out.stride[1] + tokens[i0 + r] * args.out.stride[2],
+                  args.out.stride[3], shape.value_dim, sum + r * ldo);
     }
   }
 };
@@ -272,12 +300,19 @@ static void forward_with(const AttentionForward& args, const Parallel& parallel)
   chunk = round_up(chunk, kBlockRows);
   if (chunk > round_up(s.queries, kBlockRows)) chunk = round_up(s.queries, kBlockRows);
   if (chunk == 0) return;
-  const int64_t chunks = (s.queries + chunk - 1) / chunk;
-  for_each_task(parallel, heads * chunks, [&](int64_t task) {
+  const Runs runs(s, chunk);
+  // Small windows are too little for a task: several share one, each fetching rows of the next.
+  constexpr int64_t kRowsWorthATask = 256;
+  const int64_t together = s.windows.present() ? runs.count * kRowsWorthATask / s.queries : 1;
+  const int64_t group = together < 1 ? 1 : together, groups = (runs.count + group - 1) / group;
+  for_each_task(parallel, heads * groups, [&](int64_t task) {
     ForwardTask<P> t(args, chunk);
     t.carve(static_cast<char*>(thread_scratch(t.carve(nullptr))));
-    const int64_t i0 = task % chunks * chunk, bh = task / chunks;
-    t.run(bh / s.heads, bh % s.heads, i0, s.queries - i0 < chunk ? s.queries - i0 : chunk);
+    const int64_t bh = task / groups, b = bh / s.heads, h = bh % s.heads, first = task % groups * group;
+    for (int64_t i = first; i < first + group && i < runs.count; ++i) {
+      t.ahead = group > 1 && i + 1 < runs.count ? runs.list.data + i + 1 : nullptr;
+      t.run(b, h, runs.list.data[i]);
+    }
   });
 }
 

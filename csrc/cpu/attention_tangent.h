@@ -43,48 +43,53 @@ struct TangentTask {
     return c.used;
   }
 
-  void run(int64_t b, int64_t h, int64_t i0, int64_t count) {
+  void run(int64_t b, int64_t h, const Run& positions) {
     const AttentionShape& shape = args.shape;
+    const Tokens tokens = query_tokens(shape);
+    const int64_t i0 = positions.begin, count = positions.end - i0;
     const int64_t padded_rows = round_up(count, kTileRows);
-    load_tokens(args.query, b, h, i0, count, padded_rows, shape.key_dim, q, ldd);
-    load_tokens(args.query_tangent, b, h, i0, count, padded_rows, shape.key_dim, qt, ldd);
+    load_tokens(args.query, tokens, b, h, i0, count, padded_rows, shape.key_dim, q, ldd);
+    load_tokens(args.query_tangent, tokens, b, h, i0, count, padded_rows, shape.key_dim, qt, ldd);
     std::memset(out, 0, padded_rows * ldv * sizeof(A));
     for (int64_t r = 0; r < count; ++r) mu[r] = A(0);
-    for (int i = 0; i < args.source_count; ++i) source(i, b, h, i0, count);
-    const int64_t at = (b * shape.heads + h) * shape.queries + i0;
+    for (int i = 0; i < args.source_count; ++i) source(i, b, h, positions.window, i0, count);
+    const int64_t at = (b * shape.heads + h) * shape.queries;
     for (int64_t r = 0; r < count; ++r) {
-      static_cast<A*>(args.lse_tangent)[at + r] = mu[r];
+      const int64_t token = tokens[i0 + r];
+      static_cast<A*>(args.lse_tangent)[at + token] = mu[r];
       A* row = value;  // the key blocks are done: their buffer serves as one row of scratch
       const int64_t* os = args.out.stride;
-      load_row(args.out.ptr, args.out.dtype, b * os[0] + h * os[1] + (i0 + r) * os[2], os[3], shape.value_dim, row);
+      load_row(args.out.ptr, args.out.dtype, b * os[0] + h * os[1] + token * os[2], os[3], shape.value_dim, row);
       A* o = out + r * ldv;
       for (int64_t d = 0; d < shape.value_dim; ++d) o[d] -= mu[r] * row[d];
       const int64_t* ts = args.out_tangent.stride;
-      store_row(args.out_tangent.ptr, args.out_tangent.dtype, b * ts[0] + h * ts[1] + (i0 + r) * ts[2], ts[3],
+      store_row(args.out_tangent.ptr, args.out_tangent.dtype, b * ts[0] + h * ts[1] + token * ts[2], ts[3],
                 shape.value_dim, o);
     }
   }
 
-  void source(int index, int64_t b, int64_t h, int64_t i0, int64_t count) {
+  void source(int index, int64_t b, int64_t h, int64_t window, int64_t i0, int64_t count) {
     const SourceView& src = args.sources[index];
     const SourceTangent& tangent = args.tangents[index];
     const AttentionShape& shape = args.shape;
     const int64_t sb = source_batch(src, b), kv_head = h / (shape.heads / shape.kv_heads);
-    const int64_t block = key_block<A>(src);
-    for (int64_t j0 = 0; j0 < src.length; j0 += block) {
-      const int64_t cols = src.length - j0 < block ? src.length - j0 : block, padded = round_up(cols, W);
+    const Range keys = keys_of(src, shape.windows, window);
+    const Tokens tokens = key_tokens(src, shape);
+    const int64_t block = key_block<A>(src, keys);
+    for (int64_t j0 = keys.begin; j0 < keys.end; j0 += block) {
+      const int64_t cols = keys.end - j0 < block ? keys.end - j0 : block, padded = round_up(cols, W);
       bool packed = false;
       for (int64_t r = 0; r < count; r += kBlockRows) {
         const int64_t n = count - r < kBlockRows ? count - r : kBlockRows;
-        const Visible vis = block_visible(src, b, h, i0 + r, n, j0, cols, shape.queries);
+        const Visible vis = block_visible(src, shape, b, h, i0 + r, n, j0, cols);
         if (vis == Visible::none) continue;
         if (!packed) {
-          load_tokens(src.key, sb, kv_head, j0, cols, cols, shape.key_dim, rows, ldd);
+          load_tokens(src.key, tokens, sb, kv_head, j0, cols, cols, shape.key_dim, rows, ldd);
           transpose_panels<P>(rows, ldd, cols, padded, shape.key_dim, key_t);
-          load_tokens(tangent.key, sb, kv_head, j0, cols, cols, shape.key_dim, rows, ldd);
+          load_tokens(tangent.key, tokens, sb, kv_head, j0, cols, cols, shape.key_dim, rows, ldd);
           transpose_panels<P>(rows, ldd, cols, padded, shape.key_dim, key_tangent_t);
-          load_tokens(src.value, sb, kv_head, j0, cols, cols, shape.value_dim, value, ldv);
-          load_tokens(tangent.value, sb, kv_head, j0, cols, cols, shape.value_dim, value_tangent, ldv);
+          load_tokens(src.value, tokens, sb, kv_head, j0, cols, cols, shape.value_dim, value, ldv);
+          load_tokens(tangent.value, tokens, sb, kv_head, j0, cols, cols, shape.value_dim, value_tangent, ldv);
           packed = true;
         }
         tile(src, tangent, b, h, i0 + r, r, n, j0, cols, padded, vis);
@@ -101,19 +106,20 @@ struct TangentTask {
     gemm_panels<P>(tile_rows, vecs, shape.key_dim, q + r0 * ldd, ldd, key_tangent_t, t, ldk, true);
     A factor = (A)(src.scale * kLog2E);
     if (vis != Visible::all || src.bias.present() || cols != padded) {
-      finish_logits(src, b, h, i0, count, j0, cols, padded, shape.queries, vis, factor, s, ldk, bias_row);
+      finish_logits(src, shape, b, h, i0, count, j0, cols, padded, vis, factor, s, ldk, bias_row);
       factor = A(1);
     }
     const A scale = (A)src.scale;
-    const A* lse = static_cast<const A*>(args.lse) + (b * shape.heads + h) * shape.queries + i0;
+    const A* lse = static_cast<const A*>(args.lse) + (b * shape.heads + h) * shape.queries;
+    const Tokens tokens = query_tokens(shape);
+    const BiasRow moving = bias_row_kind(tangent.bias, src, shape, j0, cols);
+    for (int64_t j = 0; j < padded; ++j) bias_row[j] = A(0);
     for (int64_t r = 0; r < count; ++r) {
       A *sr = s + r * ldk, *tr = t + r * ldk;
-      const A shift = shift_of(lse[r]);
-      for (int64_t j = 0; j < padded; ++j) bias_row[j] = A(0);
-      if (tangent.bias.present()) {
-        const int64_t* bs = tangent.bias.stride;
-        load_row(tangent.bias.ptr, tangent.bias.dtype, b * bs[0] + h * bs[1] + (i0 + r) * bs[2] + j0 * bs[3], bs[3],
-                 cols, bias_row);
+      const A shift = shift_of(lse[tokens[i0 + r]]);
+      if (moving != BiasRow::none) {
+        const A* row = load_bias(tangent.bias, moving, src, shape, b, h, i0 + r, j0, cols, bias_row);
+        if (row != bias_row) copy_row(row, cols, bias_row);
       }
       V total{};
       for (int v = 0; v < vecs; ++v) {
@@ -138,12 +144,12 @@ struct TangentTask {
 template <class A>
 static void tangent_with(const AttentionTangent& args, const Parallel& parallel) {
   const AttentionShape& s = args.shape;
-  const int64_t chunks = (s.queries + kTangentRows - 1) / kTangentRows;
-  for_each_task(parallel, s.batch * s.heads * chunks, [&](int64_t task) {
+  const Runs runs(s, kTangentRows);
+  for_each_task(parallel, s.batch * s.heads * runs.count, [&](int64_t task) {
     TangentTask<A> t(args);
     t.carve(static_cast<char*>(thread_scratch(t.carve(nullptr))));
-    const int64_t i0 = task % chunks * kTangentRows, bh = task / chunks;
-    t.run(bh / s.heads, bh % s.heads, i0, s.queries - i0 < kTangentRows ? s.queries - i0 : kTangentRows);
+    const int64_t bh = task / runs.count;
+    t.run(bh / s.heads, bh % s.heads, runs.list.data[task % runs.count]);
   });
 }
 

@@ -1,7 +1,11 @@
 // Registration of the attention ops: the differentiable core (one softmax group) in its four directions, and the fused
 // inference op with groups, gates and blends.
 #include "transfuse/attention.h"
+
+#include <memory>
+
 #include "torch_glue.h"
+#include "transfuse/windows.h"
 
 namespace transfuse {
 namespace {
@@ -9,12 +13,52 @@ namespace {
 struct Call {
   AttentionShape shape;
   std::vector<SourceView> sources;
+  std::unique_ptr<WindowMap> map;  // what shape.windows points into
 };
+
+// windows: empty, or axes, size, window and shift per axis, wrap, pad, bias kind (see WindowGrid).
+WindowGrid grid_of(const std::vector<int64_t>& windows) {
+  WindowGrid grid;
+  const int64_t axes = windows[0];
+  STD_TORCH_CHECK(axes >= 1 && axes <= kMaxWindowAxes && windows.size() == (size_t)(1 + 3 * axes + 3),
+                  "windows must hold the number of axes (1 to 3), size, window and shift of each, wrap, pad and bias");
+  grid.axes = (int)axes;
+  int64_t slots = 1;
+  for (int64_t a = 0; a < axes; ++a) {
+    grid.size[a] = windows[(size_t)(1 + a)];
+    grid.window[a] = windows[(size_t)(1 + axes + a)];
+    grid.shift[a] = windows[(size_t)(1 + 2 * axes + a)];
+    STD_TORCH_CHECK(grid.size[a] >= 0 && grid.size[a] < INT32_MAX && grid.window[a] >= 1 &&
+                        grid.window[a] < INT32_MAX && grid.shift[a] > -INT32_MAX && grid.shift[a] < INT32_MAX,
+                    "windows: sizes must be >= 0, window sides >= 1, and all below 2^31");
+    slots *= grid.window[a];
+    STD_TORCH_CHECK(slots < INT32_MAX, "windows: a window must have fewer than 2^31 slots");
+  }
+  const int64_t wrap = windows[(size_t)(1 + 3 * axes)], pad = windows[(size_t)(2 + 3 * axes)];
+  const int64_t bias = windows[(size_t)(3 + 3 * axes)];
+  STD_TORCH_CHECK(wrap >= 0 && wrap <= 2 && pad >= 0 && pad <= 1 && bias >= 0 && bias <= 2,
+                  "windows: wrap and bias must be in 0..2, pad 0 or 1");
+  grid.wrap = static_cast<WindowGrid::Wrap>(wrap);
+  grid.pad = pad != 0;
+  grid.bias = static_cast<WindowGrid::Bias>(bias);
+  STD_TORCH_CHECK(grid.bias != WindowGrid::Bias::full || slots * slots < INT32_MAX,
+                  "windows: a full bias must have fewer than 2^31 entries per head");
+  STD_TORCH_CHECK(grid.bias != WindowGrid::Bias::relative || grid.bias_codes() < INT32_MAX,
+                  "windows: a relative bias must have fewer than 2^31 entries per head");
+  return grid;
+}
+
+// What a bias of the source broadcasts to.
+std::vector<int64_t> bias_shape(const AttentionShape& s, const SourceView& v) {
+  if (v.windowed) return {s.batch, s.heads, 1, s.windows.codes};
+  return {s.batch, s.heads, s.queries, v.length};
+}
 
 // The bias of source i is biases[bias_at[i]]; -1 means none. (Autograd of raw ops follows Tensor[] but not Tensor?[].)
 Call describe(const Tensor& query, const TensorList& keys, const TensorList& values, const TensorList& biases,
               const std::vector<int64_t>& bias_at, const OptionalTensorList& masks, const OptionalTensorList& indices,
-              const std::vector<double>& scales, const std::vector<int64_t>& causal) {
+              const std::vector<double>& scales, const std::vector<int64_t>& causal,
+              const std::vector<int64_t>& windows) {
   Call call;
   const size_t n = keys.size();
   STD_TORCH_CHECK(n > 0, "keys must hold at least one source");
@@ -35,13 +79,23 @@ Call describe(const Tensor& query, const TensorList& keys, const TensorList& val
                   "head dims must be in 1..256, got ", s.key_dim, " and ", s.value_dim);
   STD_TORCH_CHECK(s.heads == 0 || (s.kv_heads > 0 && s.heads % s.kv_heads == 0), "query heads (", s.heads,
                   ") must be a multiple of key heads (", s.kv_heads, ")");
+  if (!windows.empty()) {
+    const WindowGrid grid = grid_of(windows);
+    STD_TORCH_CHECK(grid.tokens() == s.queries && s.queries < INT32_MAX, "windows cover ", grid.tokens(),
+                    " tokens, query has ", s.queries);
+    call.map = std::make_unique<WindowMap>(grid);
+    s.windows = call.map->view();
+  }
   for (size_t i = 0; i < n; ++i) {
     const std::string at = "[" + std::to_string(i) + "]";
     SourceView v;
     STD_TORCH_CHECK(keys[i].dim() == 4, "keys", at, " must have 4 axes");
     v.batch = keys[i].size(0);
     v.length = keys[i].size(2);
-    const std::vector<int64_t> full{s.batch, s.heads, s.queries, v.length};
+    v.windowed = s.windows.present() && i == 0;
+    const std::vector<int64_t> full = v.windowed ? std::vector<int64_t>{s.batch, s.heads, 1, s.windows.codes}
+                                                 : std::vector<int64_t>{s.batch, s.heads, s.queries, v.length};
+    STD_TORCH_CHECK(!v.windowed || v.length == s.queries, "keys", at, " must have the ", s.queries, " tokens of query");
     check_shape(keys[i], {v.batch, s.kv_heads, v.length, s.key_dim}, "keys" + at);
     check_shape(values[i], {v.batch, s.kv_heads, v.length, s.value_dim}, "values" + at);
     STD_TORCH_CHECK(keys[i].scalar_type() == query.scalar_type() && values[i].scalar_type() == query.scalar_type(),
@@ -63,13 +117,17 @@ Call describe(const Tensor& query, const TensorList& keys, const TensorList& val
     }
     if (bias_at[i] >= 0) {
       STD_TORCH_CHECK(bias_at[i] < (int64_t)biases.size(), "bias_at", at, " must be below ", biases.size());
+      STD_TORCH_CHECK(!v.windowed || biases[(size_t)bias_at[i]].size(-1) == s.windows.codes, "biases", at,
+                      " must have one entry per code (", s.windows.codes, ")");
       v.bias = broadcast_view(biases[(size_t)bias_at[i]], full, "biases" + at);
     }
     if (masks[i].has_value()) {
+      STD_TORCH_CHECK(!v.windowed, "masks", at, " must be None for a windowed source");
       STD_TORCH_CHECK(masks[i]->scalar_type() == ScalarType::Bool, "masks", at, " must be bool");
       v.mask = broadcast_view(*masks[i], full, "masks" + at);
     }
     STD_TORCH_CHECK(causal[i] >= 0 && causal[i] <= 2, "causal", at, " must be 0, 1 or 2");
+    STD_TORCH_CHECK(causal[i] == 0 || !s.windows.present(), "causal", at, " must be 0 beside windows");
     v.scale = scales[i];
     v.causal = static_cast<Causal>(causal[i]);
     call.sources.push_back(v);
@@ -89,8 +147,9 @@ Tensor new_output(const Tensor& query, int64_t width) {
 std::tuple<Tensor, Tensor> attention_forward(const Tensor& query, const TensorList& keys, const TensorList& values,
                                              const TensorList& biases, const std::vector<int64_t>& bias_at,
                                              const OptionalTensorList& masks, const OptionalTensorList& indices,
-                                             const std::vector<double>& scales, const std::vector<int64_t>& causal) {
-  const Call call = describe(query, keys, values, biases, bias_at, masks, indices, scales, causal);
+                                             const std::vector<double>& scales, const std::vector<int64_t>& causal,
+                                             const std::vector<int64_t>& windows) {
+  const Call call = describe(query, keys, values, biases, bias_at, masks, indices, scales, causal, windows);
   const AttentionShape& s = call.shape;
   Tensor out = new_output(query, s.value_dim);
   Tensor lse = new_empty(query, {s.batch, s.heads, s.queries}, statistics_type(s.dtype));
@@ -151,7 +210,7 @@ std::tuple<Tensor, Tensor> attention_fused(const Tensor& query, const OptionalTe
                                            const std::vector<double>& scales, const std::vector<int64_t>& causal,
                                            const std::vector<int64_t>& groups, const std::vector<double>& gate,
                                            const OptionalTensorList& gates) {
-  Call call = describe(query, keys, values, biases, bias_at, masks, indices, scales, causal);
+  Call call = describe(query, keys, values, biases, bias_at, masks, indices, scales, causal, {});
   const AttentionShape& s = call.shape;
   const size_t n = keys.size();
   STD_TORCH_CHECK(key_others.size() == n && key_weight.size() == n && key_weights.size() == n &&
@@ -213,7 +272,7 @@ std::vector<SourceTangent> tangents_of(const Call& call, const TensorList& keys,
     tangents[i].key = view_of(keys[i], "keys_t");
     tangents[i].value = view_of(values[i], "values_t");
     if (biases[i].has_value()) {
-      tangents[i].bias = broadcast_view(*biases[i], {s.batch, s.heads, s.queries, v.length}, "biases_t");
+      tangents[i].bias = broadcast_view(*biases[i], bias_shape(s, v), "biases_t");
     }
   }
   return tangents;
@@ -258,9 +317,9 @@ Gradients attention_backward(const Tensor& grad_out, const OptionalTensor& grad_
                              const TensorList& keys, const TensorList& values, const TensorList& biases,
                              const std::vector<int64_t>& bias_at, const OptionalTensorList& masks,
                              const OptionalTensorList& indices, const std::vector<double>& scales,
-                             const std::vector<int64_t>& causal, const Tensor& out, const Tensor& lse,
-                             const std::vector<bool>& bias_grads) {
-  const Call call = describe(query, keys, values, biases, bias_at, masks, indices, scales, causal);
+                             const std::vector<int64_t>& causal, const std::vector<int64_t>& windows, const Tensor& out,
+                             const Tensor& lse, const std::vector<bool>& bias_grads) {
+  const Call call = describe(query, keys, values, biases, bias_at, masks, indices, scales, causal, windows);
   AttentionBackward args{};
   args.shape = call.shape;
   args.query = view_of(query, "query");
@@ -277,10 +336,10 @@ std::tuple<Tensor, Tensor> attention_jvp(const Tensor& query, const TensorList& 
                                          const TensorList& biases, const std::vector<int64_t>& bias_at,
                                          const OptionalTensorList& masks, const OptionalTensorList& indices,
                                          const std::vector<double>& scales, const std::vector<int64_t>& causal,
-                                         const Tensor& out, const Tensor& lse, const Tensor& query_t,
-                                         const TensorList& keys_t, const TensorList& values_t,
+                                         const std::vector<int64_t>& windows, const Tensor& out, const Tensor& lse,
+                                         const Tensor& query_t, const TensorList& keys_t, const TensorList& values_t,
                                          const OptionalTensorList& biases_t) {
-  const Call call = describe(query, keys, values, biases, bias_at, masks, indices, scales, causal);
+  const Call call = describe(query, keys, values, biases, bias_at, masks, indices, scales, causal, windows);
   const AttentionShape& s = call.shape;
   const std::vector<SourceTangent> tangents = tangents_of(call, keys_t, values_t, biases_t);
   Tensor out_t = new_output(query, s.value_dim);
@@ -303,11 +362,11 @@ Gradients attention_jvp_backward(const Tensor& grad_out, const OptionalTensor& g
                                  const TensorList& keys, const TensorList& values, const TensorList& biases,
                                  const std::vector<int64_t>& bias_at, const OptionalTensorList& masks,
                                  const OptionalTensorList& indices, const std::vector<double>& scales,
-                                 const std::vector<int64_t>& causal, const Tensor& out, const Tensor& lse,
-                                 const Tensor& query_t, const TensorList& keys_t, const TensorList& values_t,
-                                 const OptionalTensorList& biases_t, const Tensor& out_t, const Tensor& lse_t,
-                                 const std::vector<bool>& bias_grads) {
-  const Call call = describe(query, keys, values, biases, bias_at, masks, indices, scales, causal);
+                                 const std::vector<int64_t>& causal, const std::vector<int64_t>& windows,
+                                 const Tensor& out, const Tensor& lse, const Tensor& query_t, const TensorList& keys_t,
+                                 const TensorList& values_t, const OptionalTensorList& biases_t, const Tensor& out_t,
+                                 const Tensor& lse_t, const std::vector<bool>& bias_grads) {
+  const Call call = describe(query, keys, values, biases, bias_at, masks, indices, scales, causal, windows);
   const std::vector<SourceTangent> tangents = tangents_of(call, keys_t, values_t, biases_t);
   AttentionBackward args{};
   args.shape = call.shape;
@@ -330,7 +389,7 @@ Gradients attention_jvp_backward(const Tensor& grad_out, const OptionalTensor& g
 
 #define TRANSFUSE_CORE_ARGS                                                                                   \
   "Tensor query, Tensor[] keys, Tensor[] values, Tensor[] biases, int[] bias_at, Tensor?[] masks, Tensor?[] " \
-  "indices, float[] scales, int[] causal"
+  "indices, float[] scales, int[] causal, int[] windows"
 #define TRANSFUSE_TANGENT_ARGS "Tensor query_t, Tensor[] keys_t, Tensor[] values_t, Tensor?[] biases_t"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(transfuse, m) {

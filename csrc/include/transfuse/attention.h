@@ -2,6 +2,10 @@
 //
 // One softmax group:  L_s = scale_s * q k_s^T + bias_s,  P = softmax over the union of the sources,  out = P V,
 // lse = logsumexp L.  A row with nothing to attend to gives out = 0 and lse = -inf.
+//
+// With windows, the tokens are split into sets, and a windowed source's keys are seen by the queries of their own set
+// only. Kernels walk POSITIONS: a permutation of the tokens in which every window is a contiguous run. Without windows
+// a position is its token.
 #pragma once
 
 #include "transfuse/parallel.h"
@@ -19,6 +23,18 @@ struct BlendView {
   int64_t batch = 0;               // batches of other: 1 broadcasts
 };
 
+// Windows over the query's tokens. All tables are in order of positions.
+struct Windows {
+  const int32_t* tokens = nullptr;   // position -> token; nullptr = no windows
+  const int64_t* offsets = nullptr;  // window w is positions [offsets[w], offsets[w + 1])
+  int64_t count = 0;
+  // The bias of query position i and key position j is element query_code[i] + key_code[j] of the bias's last axis.
+  const int32_t* query_code = nullptr;
+  const int32_t* key_code = nullptr;
+  int64_t codes = 0;  // size of that axis
+  bool present() const { return offsets != nullptr; }
+};
+
 struct SourceView {
   View key, value;    // (batch, kv head, token, channel)
   int64_t batch = 0;  // 1 broadcasts when index is absent
@@ -28,12 +44,14 @@ struct SourceView {
   double scale = 1.0;
   Causal causal = Causal::none;
   int group = 0;
-  BlendView key_blend;  // indexed by the SOURCE's batch
+  BlendView key_blend;    // indexed by the SOURCE's batch
+  bool windowed = false;  // keys are the query's tokens, seen within their window; bias is (batch, head, 1, code)
 };
 
 struct AttentionShape {
   int64_t batch, heads, kv_heads, queries, key_dim, value_dim;
   DType dtype;  // storage of query, keys, values and of all outputs
+  Windows windows;
 };
 
 struct AttentionForward {

@@ -223,7 +223,15 @@ TRANSFUSE_INLINE T load_scalar(const void* p, DType dtype, int64_t i) {
 }
 
 // Contiguous widening loads: dst[0..n) = src[0..n).
-static inline void widen(const float* src, int64_t n, float* dst) { std::memcpy(dst, src, n * sizeof(float)); }
+// Rows are short: a call of memcpy would cost as much as the copy.
+TRANSFUSE_INLINE void copy_row(const float* src, int64_t n, float* dst) {
+  constexpr int W = Simd<float>::W;
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(dst + i, load<VecF>(src + i));
+  for (; i < n; ++i) dst[i] = src[i];
+}
+TRANSFUSE_INLINE void copy_row(const double* src, int64_t n, double* dst) { std::memcpy(dst, src, n * sizeof(double)); }
+static inline void widen(const float* src, int64_t n, float* dst) { copy_row(src, n, dst); }
 static inline void widen_bf16(const uint16_t* src, int64_t n, float* dst) {
   int64_t i = 0;
   constexpr int W = Simd<float>::W;
@@ -285,7 +293,7 @@ static inline void load_row(const void* src, DType dtype, int64_t offset, int64_
 static inline void store_row(void* dst, DType dtype, int64_t offset, int64_t stride, int64_t n, const float* src) {
   if (stride == 1) {
     switch (dtype) {
-      case DType::f32: std::memcpy((float*)dst + offset, src, n * sizeof(float)); return;
+      case DType::f32: copy_row(src, n, (float*)dst + offset); return;
       case DType::bf16: narrow_bf16(src, n, (uint16_t*)dst + offset); return;
       case DType::f16: narrow_f16(src, n, (uint16_t*)dst + offset); return;
       case DType::f64: break;

@@ -9,6 +9,7 @@ from transfuse.ops.attention import (
     attend_with_lse,
     merge_attention,
 )
+from transfuse.ops.window_attention import window_attention, window_partition, window_reverse
 
 __all__ = [
     "KV",
@@ -18,4 +19,7 @@ __all__ = [
     "attend",
     "attend_with_lse",
     "merge_attention",
+    "window_attention",
+    "window_partition",
+    "window_reverse",
 ]

@@ -30,6 +30,7 @@ class Static(NamedTuple):
     causal: tuple[int, ...]
     backend: str = "cpu"
     bias_grads: tuple[bool, ...] = ()  # which biases a backward differentiates
+    windows: tuple[int, ...] = ()  # a WindowGrid's numbers: source 0 is seen within windows
 
 
 class Core(NamedTuple):
@@ -113,8 +114,11 @@ def _expanding(launch: Callable, offset: int) -> Callable:
                 None if t is None else t.expand(shape)
                 for t, shape in zip(args[position], shapes, strict=True)
             ]
+        windows = args.pop(offset + 8)
+        if len(windows) > 0:
+            raise NotImplementedError("the Triton attention core has no windows of its own")
         if launch.__name__.startswith("attention_jvp"):
-            position = offset + 13 if offset else 13
+            position = offset + 13
             args[position] = [
                 None if t is None else t.expand(shape)
                 for t, shape in zip(args[position], shapes, strict=True)
@@ -142,6 +146,7 @@ def _arguments(core: Core, static: Static) -> tuple:
         core.indices,
         list(static.scales),
         list(static.causal),
+        list(static.windows),
     )
 
 

@@ -35,7 +35,7 @@ def _lse(query: Tensor) -> Tensor:
     return query.new_empty(query.shape[:3], dtype=_statistics(query))
 
 
-def _fake_forward(query, keys, values, biases, bias_at, masks, indices, scales, causal):
+def _fake_forward(query, keys, values, biases, bias_at, masks, indices, scales, causal, windows):
     return _like_query(query, values[0].shape[3]), _lse(query)
 
 
@@ -65,6 +65,7 @@ def _fake_backward(
     indices,
     scales,
     causal,
+    windows,
     out,
     lse,
     bias_grads,
@@ -82,6 +83,7 @@ def _fake_jvp(
     indices,
     scales,
     causal,
+    windows,
     out,
     lse,
     query_t,
@@ -104,6 +106,7 @@ def _fake_jvp_backward(
     indices,
     scales,
     causal,
+    windows,
     out,
     lse,
     query_t,
@@ -143,13 +146,9 @@ def _fake_fused(
     return _like_query(query, values[0].shape[3]), lse
 
 
-def _static(scales, causal, bias_grads=()) -> Static:
-    return Static(tuple(scales), tuple(causal), "cpu", tuple(bias_grads))
-
-
 def _setup_forward(ctx, inputs, output):
-    query, keys, values, biases, bias_at, masks, indices, scales, causal = inputs
-    ctx.static = _static(scales, causal)
+    query, keys, values, biases, bias_at, masks, indices, scales, causal, windows = inputs
+    ctx.static = Static(tuple(scales), tuple(causal), "cpu", windows=tuple(windows))
     ctx.bias_at = bias_at
     spread = [None if at < 0 else biases[at] for at in bias_at]
     ctx.save_for_backward(query, *keys, *values, *spread, *masks, *indices, *output)
@@ -166,7 +165,7 @@ def _backward_of_forward(ctx, grad_out, grad_lse):
     grads = vjp(ctx.static, tensors, (out, lse), (grad_out, grad_lse), needs)
     parts = core_of(grads, sources)
     biases = [g for g, at in zip(parts.biases, ctx.bias_at, strict=True) if at >= 0]
-    return parts.query, parts.keys, parts.values, biases, None, None, None, None, None
+    return parts.query, parts.keys, parts.values, biases, None, None, None, None, None, None
 
 
 _RULES = rules(Calls(_forward, _backward, _jvp, _jvp_backward))

@@ -145,8 +145,12 @@ def normalise(
     sources: KV | Sequence[KV],
     blend: Blend | None = None,
     scale: float | None = None,
+    *,
+    names: Sequence[str] | None = None,
 ) -> Normalised:
     """Check every argument of ``attend`` and lay the call out as flat lists.
+
+    ``names`` are what errors call the sources; a name of "" leaves the part alone (``key``).
 
     Raises:
         TypeError: an argument of the wrong class or dtype.
@@ -181,7 +185,10 @@ def normalise(
     )
     gates: dict[int, tuple[str, object]] = {}
     for number, source in enumerate(sources):
-        name = "sources" if single else f"sources[{number}]"
+        if names is not None:
+            name = names[number]
+        else:
+            name = "sources" if single else f"sources[{number}]"
         if not isinstance(source, KV):
             raise TypeError(f"{name}: expected a KV, got {_checks.describe(source)}")
         _append(result, name, source, scale)
@@ -196,10 +203,54 @@ def normalise(
         name, gate = gates[group]
         if isinstance(gate, Tensor):
             gate = _checks.coefficient(
-                f"{name}.gate", gate, (batch, heads, length), _ROW_AXES, "query", query
+                _part(name, "gate"), gate, (batch, heads, length), _ROW_AXES, "query", query
             )
         result.gates.append(gate)
     return result
+
+
+def autocast(query, sources, blend):
+    """Under autocast, attention runs in the autocast dtype, as torch's own does."""
+    if not isinstance(query, Tensor):
+        return query, sources, blend
+    device = query.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return query, sources, blend
+    dtype = torch.get_autocast_dtype(device)
+    if not query.is_floating_point() or query.dtype == torch.float64:
+        return query, sources, blend
+
+    def cast(tensor):
+        return (
+            tensor.to(dtype)
+            if isinstance(tensor, Tensor) and tensor.is_floating_point()
+            else tensor
+        )
+
+    def cast_blend(b):
+        return Blend(cast(b.other), cast(b.weight), b.index) if isinstance(b, Blend) else b
+
+    def cast_source(s):
+        if not isinstance(s, KV):
+            return s
+        return KV(
+            cast(s.key),
+            cast(s.value),
+            group=s.group,
+            gate=cast(s.gate),
+            temperature=s.temperature,
+            bias=s.bias,
+            mask=s.mask,
+            causal=s.causal,
+            index=s.index,
+            blend=cast_blend(s.blend),
+        )
+
+    if isinstance(sources, (list, tuple)):
+        sources = [cast_source(s) for s in sources]
+    else:
+        sources = cast_source(sources)
+    return cast(query), sources, cast_blend(blend)
 
 
 def require_one_softmax(call: Normalised) -> None:
@@ -257,6 +308,10 @@ def normalise_merge(
     return checked
 
 
+def _part(name: str, part: str) -> str:
+    return f"{name}.{part}" if name else part
+
+
 def _append(result: Normalised, name: str, source: KV, scale: float) -> None:
     """Check one source and append it to the lists."""
     query, key = result.query, source.key
@@ -265,32 +320,41 @@ def _append(result: Normalised, name: str, source: KV, scale: float) -> None:
     index = source.index
     if index is not None:
         index = _checks.index_map(
-            f"{name}.index", index, batch, own_batch, "batch of query", "query", query
+            _part(name, "index"), index, batch, own_batch, "batch of query", "query", query
         )
     elif own_batch != batch and own_batch != 1:
         raise ValueError(
-            f"{name}.key: expected batch {batch} (that of query) or 1, or an index of shape "
-            f"({batch},), got {own_batch} (shape {tuple(key.shape)})"
+            f"{_part(name, 'key')}: expected batch {batch} (that of query) or 1, or an index of "
+            f"shape ({batch},), got {own_batch} (shape {tuple(key.shape)})"
         )
-    temperature = _checks.number(f"{name}.temperature", source.temperature, positive=True)
+    temperature = _checks.number(_part(name, "temperature"), source.temperature, positive=True)
     bias, mask = source.bias, source.mask
     if bias is not None:
         if not isinstance(bias, Tensor):
             raise TypeError(f"{name}.bias: expected a tensor or None, got {_checks.describe(bias)}")
-        _checks.auxiliary(f"{name}.bias", bias, "query", query)
-        bias = _checks.broadcast(f"{name}.bias", bias, (batch, heads, length, keys), _LOGIT_AXES)
+        _checks.auxiliary(_part(name, "bias"), bias, "query", query)
+        bias = _checks.broadcast(
+            _part(name, "bias"), bias, (batch, heads, length, keys), _LOGIT_AXES
+        )
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             raise TypeError(
                 f"{name}.mask: expected a bool tensor (True = may attend) or None, "
                 f"got {_checks.describe(mask)}"
             )
-        _checks.same_device(f"{name}.mask", mask, "query", query)
-        mask = _checks.broadcast(f"{name}.mask", mask, (batch, heads, length, keys), _LOGIT_AXES)
+        _checks.same_device(_part(name, "mask"), mask, "query", query)
+        mask = _checks.broadcast(
+            _part(name, "mask"), mask, (batch, heads, length, keys), _LOGIT_AXES
+        )
     other = weight = other_index = None
     if source.blend is not None:
         other, weight, other_index = _blend(
-            f"{name}.blend", source.blend, f"{name}.key", key, _KEY_OTHER_AXES, _KEY_ROW_AXES
+            _part(name, "blend"),
+            source.blend,
+            _part(name, "key"),
+            key,
+            _KEY_OTHER_AXES,
+            _KEY_ROW_AXES,
         )
     group = source.group
     if isinstance(group, bool) or not isinstance(group, int) or group < 0:
@@ -304,7 +368,7 @@ def _append(result: Normalised, name: str, source: KV, scale: float) -> None:
     result.masks.append(mask)
     result.indices.append(index)
     result.scales.append(temperature * scale)
-    result.causal.append(_checks.choice(f"{name}.causal", source.causal, _CAUSAL))
+    result.causal.append(_checks.choice(_part(name, "causal"), source.causal, _CAUSAL))
     result.groups.append(group)
 
 
@@ -312,7 +376,7 @@ def _check_pair(result: Normalised, name: str, key: Tensor, value: Tensor) -> tu
     """Key and value against the query, each other and the first source; returns (Bs, M)."""
     query = result.query
     _, heads, _, width = query.shape
-    key_name, value_name = f"{name}.key", f"{name}.value"
+    key_name, value_name = _part(name, "key"), _part(name, "value")
     _checks.tensor(key_name, key, _KEY_AXES)
     _checks.tensor(value_name, value, _VALUE_AXES)
     for part, tensor in ((key_name, key), (value_name, value)):
@@ -342,7 +406,7 @@ def _collect_gate(gates: dict[int, tuple[str, object]], name: str, source: KV) -
     """Remember the gate of a group, and refuse a second one that differs."""
     gate = source.gate
     if not isinstance(gate, Tensor):
-        gate = _checks.number(f"{name}.gate", gate)
+        gate = _checks.number(_part(name, "gate"), gate)
     if source.group not in gates:
         gates[source.group] = (name, gate)
         return
@@ -370,18 +434,18 @@ def _blend(
     """Check a blend against the tensor it is mixed into."""
     if not isinstance(blend, Blend):
         raise TypeError(f"{name}: expected a Blend or None, got {_checks.describe(blend)}")
-    other = _checks.tensor(f"{name}.other", blend.other, axes)
-    _checks.same_dtype(f"{name}.other", other, partner_name, partner)
-    _checks.same_device(f"{name}.other", other, partner_name, partner)
+    other = _checks.tensor(_part(name, "other"), blend.other, axes)
+    _checks.same_dtype(_part(name, "other"), other, partner_name, partner)
+    _checks.same_device(_part(name, "other"), other, partner_name, partner)
     for dim in (1, 2, 3):
         _checks.size(
-            f"{name}.other", other, dim, partner.shape[dim], f"{axes[dim]} of {partner_name}"
+            _part(name, "other"), other, dim, partner.shape[dim], f"{axes[dim]} of {partner_name}"
         )
     batch = partner.shape[0]
     index = blend.index
     if index is not None:
         index = _checks.index_map(
-            f"{name}.index",
+            _part(name, "index"),
             index,
             batch,
             other.shape[0],
@@ -395,7 +459,12 @@ def _blend(
             f"shape ({batch},), got {other.shape[0]} (shape {tuple(other.shape)})"
         )
     weight = _checks.coefficient(
-        f"{name}.weight", blend.weight, tuple(partner.shape[:3]), row_axes, partner_name, partner
+        _part(name, "weight"),
+        blend.weight,
+        tuple(partner.shape[:3]),
+        row_axes,
+        partner_name,
+        partner,
     )
     return other, weight, index
 

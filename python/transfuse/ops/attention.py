@@ -25,6 +25,7 @@ from transfuse.ops._sources import (
     AttendResult,
     Blend,
     Normalised,
+    autocast,
     normalise,
     require_one_softmax,
 )
@@ -87,7 +88,7 @@ def attend(
         >>> attend(q, [KV(k, v), KV(text_k, text_v, group=1, gate=0.5)]).shape
         torch.Size([1, 8, 64, 40])
     """
-    query, sources, blend = _autocast(query, sources, blend)
+    query, sources, blend = autocast(query, sources, blend)
     if backend == "reference":
         return attend_reference(query, sources, blend=blend, scale=scale)
     call = normalise(query, sources, blend, scale)
@@ -129,7 +130,7 @@ def attend_with_lse(
         >>> torch.allclose(merged.out, attend_with_lse(q, KV(k, v)).out, atol=1e-5)
         True
     """
-    query, sources, blend = _autocast(query, sources, blend)
+    query, sources, blend = autocast(query, sources, blend)
     if backend == "reference":
         return attend_with_lse_reference(query, sources, blend=blend, scale=scale)
     call = normalise(query, sources, blend, scale)
@@ -213,6 +214,7 @@ def _fused(call: Normalised, backend: str) -> tuple[Tensor, Tensor]:
             call.indices,
             call.scales,
             call.causal,
+            [],
         )
     if backend == "triton":
         return _fused_triton(call)
@@ -385,47 +387,3 @@ def _shift(call: Normalised, s: int, query: Tensor, rows: int) -> Tensor | None:
         return None if bias is None else bias.to(query.dtype)
     base = query.new_zeros(()) if bias is None else bias.to(query.dtype)
     return torch.where(allowed, base, -torch.inf)
-
-
-def _autocast(query, sources, blend):
-    """Under autocast, attention runs in the autocast dtype, as torch's own does."""
-    if not isinstance(query, Tensor):
-        return query, sources, blend
-    device = query.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return query, sources, blend
-    dtype = torch.get_autocast_dtype(device)
-    if not query.is_floating_point() or query.dtype == torch.float64:
-        return query, sources, blend
-
-    def cast(tensor):
-        return (
-            tensor.to(dtype)
-            if isinstance(tensor, Tensor) and tensor.is_floating_point()
-            else tensor
-        )
-
-    def cast_blend(b):
-        return Blend(cast(b.other), cast(b.weight), b.index) if isinstance(b, Blend) else b
-
-    def cast_source(s):
-        if not isinstance(s, KV):
-            return s
-        return KV(
-            cast(s.key),
-            cast(s.value),
-            group=s.group,
-            gate=cast(s.gate),
-            temperature=s.temperature,
-            bias=s.bias,
-            mask=s.mask,
-            causal=s.causal,
-            index=s.index,
-            blend=cast_blend(s.blend),
-        )
-
-    if isinstance(sources, (list, tuple)):
-        sources = [cast_source(s) for s in sources]
-    else:
-        sources = cast_source(sources)
-    return cast(query), sources, cast_blend(blend)

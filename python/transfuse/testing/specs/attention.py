@@ -624,7 +624,7 @@ _LSE_NAMES = (
 )
 # Kernels are differentiated twice; a compiled graph once. torch runs a batched backward outside the
 # transforms that autograd functions see.
-_REFUSES = {
+ATTENTION_REFUSES = {
     "batched backward": "Batching rule not implemented",
     "jvp of jvp": "one more forward-mode derivative is not implemented",
     "compile, double backward": "a compiled graph holds first derivatives only",
@@ -655,7 +655,7 @@ SPECS = (
             "grouped heads",
             "causal, more queries",
         ),
-        refuses=_REFUSES,
+        refuses=ATTENTION_REFUSES,
         fuzz=_fuzz,
         raw_calls=_raw_calls,
     ),
@@ -670,7 +670,7 @@ SPECS = (
         bytes=_bytes,
         errors=LSE_ERRORS,
         gradcheck=("small", "index", "query blend of query"),
-        refuses=_REFUSES,
+        refuses=ATTENTION_REFUSES,
         declared_as="attend",
     ),
     OpSpec(
