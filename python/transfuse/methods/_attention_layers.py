@@ -15,9 +15,11 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from transfuse._registry import near_matches
+from transfuse.ops import KV
 
 # (query, key, value, mask) with heads split, (B, H, N, D); mask is None, bool (True = may attend)
 # or an additive float bias, broadcastable to (B, H, N, M). Returns (B, H, N, Dv).
@@ -100,58 +102,76 @@ def decoder_block_numbers(model: nn.Module, names: Iterable[str]) -> dict[str, i
     return numbers
 
 
-def select_self_attention(
-    model: nn.Module, layers: Sequence[int | str] | None, *, default_count: int
+def layers_named(entry: str, found: Iterable[str]) -> set[str]:
+    """Names equal to ``entry`` or lying below it."""
+    return {name for name in found if name == entry or name.startswith(entry + ".")}
+
+
+def select_attention(
+    model: nn.Module,
+    layers: Sequence[int | str] | None,
+    *,
+    cross: bool = False,
+    default_count: int | None,
 ) -> dict[str, nn.Module]:
-    """Choose self-attention layers of a model by name, by number, or by the default rule.
+    """Choose self- or cross-attention layers of a model by name, number, or the default rule.
 
     Args:
         model: The model to search.
-        layers: Names (a layer, or a module whose self-attention layers are all meant) and numbers
-            (decoder blocks; in a model without a decoder, positions among its self-attention
-            layers). None: the last ``default_count`` self-attention layers of the decoder, or of
-            the model if it has no decoder; all of them if there are fewer.
-        default_count: Number of layers of the default choice.
+        layers: Names (a layer, or a module whose layers of the wanted kind are all meant) and
+            numbers (decoder blocks; in a model without a decoder, positions among its layers of
+            that kind). The exact name of any attention layer is taken at its word. None: see
+            ``default_count``.
+        cross: Cross-attention instead of self-attention.
+        default_count: The default choice is the last so many layers of the decoder, or of the model
+            if it has no decoder; all of them if there are fewer. None: every layer of the model.
 
     Returns:
         Name -> layer, in the model's order.
 
     Raises:
-        ValueError: No self-attention in the model, or a name or number that matches none.
+        ValueError: No layer of the kind in the model, or a name or number that matches none.
         TypeError: ``layers`` is one string, or an entry is neither name nor number.
     """
-    found = find_attention(model, self_only=True)
-    if not found:
+    kind = "cross-attention" if cross else "self-attention"
+    every = find_attention(model, self_only=False)
+    found = {name: layer for name, layer in every.items() if is_self_attention(layer) != cross}
+    if not found and layers is None:
         raise ValueError(
-            f"{type(model).__name__} has no self-attention layer "
+            f"{type(model).__name__} has no {kind} layer "
             "(a module with to_q, to_k, to_v, to_out and a head count)"
         )
     numbers = decoder_block_numbers(model, found)
     if not numbers:
         numbers = {name: position for position, name in enumerate(found)}
     if layers is None:
-        return {name: found[name] for name in list(numbers)[-default_count:]}
+        return (
+            found
+            if default_count is None
+            else {name: found[name] for name in list(numbers)[-default_count:]}
+        )
     if isinstance(layers, str):
         raise TypeError(f"layers must be a sequence of names or numbers, got the string {layers!r}")
     chosen: set[str] = set()
     for entry in layers:
         if isinstance(entry, str):
-            matches = {name for name in found if name == entry or name.startswith(entry + ".")}
+            matches = {entry} if entry in every else layers_named(entry, found)
             hint = near_matches(entry, found)
         elif isinstance(entry, int) and not isinstance(entry, bool):
             matches = {name for name, number in numbers.items() if number == entry}
-            hint = f"numbers with self-attention: {sorted(set(numbers.values()))}"
+            hint = f"numbers with {kind}: {sorted(set(numbers.values()))}"
         else:
             raise TypeError(f"layers: expected names or numbers, got {entry!r}")
         if not matches:
-            raise ValueError(f"layers: no self-attention layer matches {entry!r}; {hint}")
+            raise ValueError(f"layers: no {kind} layer matches {entry!r}; {hint}")
         chosen |= matches
     if not chosen:
-        raise ValueError("layers is empty: choose at least one self-attention layer")
-    return {name: layer for name, layer in found.items() if name in chosen}
+        raise ValueError(f"layers is empty: choose at least one {kind} layer")
+    return {name: layer for name, layer in every.items() if name in chosen}
 
 
-def _split_heads(x: Tensor, heads: int) -> Tensor:
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, N, H D) to (B, H, N, D)."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
@@ -216,8 +236,8 @@ def run_projected_attention(
     query, key, value = layer.to_q(hidden_states), layer.to_k(context), layer.to_v(context)
     # Fewer key heads than query heads is legal (grouped-query attention).
     key_heads = key.shape[-1] * heads // query.shape[-1]
-    query, key = _split_heads(query, heads), _split_heads(key, key_heads)
-    value = _split_heads(value, key_heads)
+    query, key = split_heads(query, heads), split_heads(key, key_heads)
+    value = split_heads(value, key_heads)
     for name in ("norm_q", "norm_k"):
         norm = getattr(layer, name, None)
         if norm is not None and name == "norm_q":
@@ -238,6 +258,24 @@ def run_projected_attention(
     return out if factor == 1.0 else out / factor
 
 
+def masked_source(
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    group: int = 0,
+    gate: float | Tensor = 1.0,
+    temperature: float = 1.0,
+) -> KV:
+    """Keys and values under a mask as layers carry it: None, bool (True: attend) or additive."""
+    bias = None
+    if mask is not None and mask.is_floating_point():
+        bias, mask = mask, None
+    elif mask is not None and mask.dtype != torch.bool:
+        mask = mask.bool()
+    return KV(key, value, group=group, gate=gate, temperature=temperature, bias=bias, mask=mask)
+
+
 def attention_scale(layer: nn.Module) -> float | None:
     """The layer's own logit scale, or None for the usual 1/sqrt(D)."""
     scale = getattr(layer, "scale", None)
@@ -248,11 +286,13 @@ class LayerReplacement(Protocol):
     """What :class:`PatchHandle` puts in the place of a layer's attention.
 
     ``previous`` is the processor (or forward function) that was there before; the replacement may
-    call it, and removal links around it. An ``idle`` replacement only passes the call on.
+    call it, and removal links around it. An ``idle`` replacement only passes the call on, a
+    ``plain`` one computes what the layer alone would.
     """
 
     name: str
     previous: Any
+    plain: bool
 
     @property
     def idle(self) -> bool: ...
@@ -267,8 +307,30 @@ class LayerReplacement(Protocol):
     ) -> Tensor: ...
 
 
+def refuse_hidden(replacement: LayerReplacement) -> None:
+    """Refuse to run a replacement that would silently switch off another active one below it.
+
+    Raises:
+        RuntimeError: A method below on the same layer is active; the message names both.
+    """
+    below = replacement.previous
+    while hasattr(below, "previous"):
+        if not below.idle and not below.plain:
+            raise RuntimeError(
+                f"layer {replacement.name!r}: {type(replacement).__name__} and, below it, "
+                f"{type(below).__name__} are both active, and one attention cannot be replaced "
+                "twice; use them on different layers or at different times"
+            )
+        below = below.previous
+
+
 def _has_processor(layer: nn.Module) -> bool:
     return hasattr(layer, "processor") and hasattr(layer, "set_processor")
+
+
+# What plain layers call their context and their mask.
+_CONTEXT_NAMES = ("context", "encoder_hidden_states", "key_value_states")
+_MASK_NAMES = ("mask", "attention_mask")
 
 
 class _ForwardSlot:
@@ -279,28 +341,51 @@ class _ForwardSlot:
         self._saved = layer.__dict__.get("forward")  # None: the class's own forward
         self._original = layer.forward
         self._extra_names = list(inspect.signature(self._original).parameters)[1:]
-        self.processor: Any = self._original
+        self._own = self._run_original  # one object: a bound method is made anew at each access
+        self.processor: Any = self._own
         functools.update_wrapper(self, self._original)
+
+    def _run_original(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """The layer's own forward, called as a processor."""
+        named = {}
+        for names, value in (
+            (_CONTEXT_NAMES, encoder_hidden_states),
+            (_MASK_NAMES, attention_mask),
+        ):
+            if value is not None:
+                named[next(name for name in names if name in self._extra_names)] = value
+        return self._original(hidden_states, **named)
 
     # The layer's own argument names are unknown here, so its call is forwarded as it came.
     def __call__(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
         processor = self.processor
-        while processor is not self._original and processor.idle:
+        while processor is not self._own and processor.idle:
             processor = processor.previous
-        if processor is self._original:
+        if processor is self._own:
             return self._original(hidden_states, *args, **kwargs)
         extras = dict(zip(self._extra_names, args, strict=False)) | kwargs
-        given = [name for name, value in extras.items() if value is not None]
+        given = {name: value for name, value in extras.items() if value is not None}
+        known = [
+            next((given.pop(name) for name in names if name in given), None)
+            for names in (_CONTEXT_NAMES, _MASK_NAMES)
+        ]
         if given:
             raise ValueError(
                 f"layer {processor.name!r} received {', '.join(given)} beside its input: "
-                "only plain self-attention is supported here"
+                "only attention with a context and a mask is supported here"
             )
-        return processor(self._layer, hidden_states)
+        return processor(self._layer, hidden_states, *known)
 
     def set_processor(self, processor: Callable[..., Tensor]) -> None:
         self.processor = processor
-        if processor is not self._original:
+        if processor is not self._own:
             self._layer.forward = self
         elif self._saved is None:
             del self._layer.forward
