@@ -25,8 +25,8 @@ WEIGHTS = (0.0, 0.25, 0.5, 1.0)
 NOTE = (
     "No pretrained network: attention between the pixels of two photographs. Queries and keys are "
     "unit-norm 5 x 5 grey patches without their mean, values are RGB\nwithout their "
-    f"mean; the logit scale is {LOGIT_SCALE:g}. The {REFERENCES} references are the most colourful pixels of "
-    f"{STYLE}.jpg."
+    f"mean; the logit scale is {LOGIT_SCALE:g}. The {REFERENCES} references are the "
+    f"most colourful pixels of {STYLE}.jpg."
 )
 
 
