@@ -60,7 +60,55 @@ class TestPatch:
             methods.get(slug)(torch.nn.Linear(3, 3))
 
 
+def _rectifier_graph(dtype):
+    from transfuse.methods.diffusion_control.relation_rectification import relation_graph
+
+    features = [x.to(dtype).requires_grad_() for x in torch.randn(5, 2, 32)]
+    return relation_graph(*features), features
+
+
+# slug -> (keyword arguments of a small layer, dtype -> (its input, tensors a gradient must reach))
+LAYERS = {"relation_rectification": ({"dim": 32, "hidden": 16}, _rectifier_graph)}
+
+
+@pytest.mark.parametrize("slug", methods.list(kind="layer"))
+class TestLayer:
+    """Built with defaults, described, seeded, trained, stored."""
+
+    def test_defaults_build_and_describe_themselves(self, slug):
+        layer = methods.get(slug)()
+        assert isinstance(layer, torch.nn.Module)
+        assert type(layer).__name__ in repr(layer)
+        assert all(p.isfinite().all() for p in layer.parameters())
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_gradients_reach_inputs_and_parameters(self, slug, dtype):
+        options, inputs = LAYERS[slug]
+        layer = methods.get(slug)(**options).to(dtype)
+        given, tensors = inputs(dtype)
+        out = layer(given)
+        assert out.dtype == dtype
+        assert out.isfinite().all()
+        assert torch.equal(layer(given), out)
+        out.square().sum().backward()
+        assert all(x.grad is not None and x.grad.isfinite().all() for x in tensors)
+        assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in layer.parameters())
+
+    def test_seeded_and_stored(self, slug):
+        options, inputs = LAYERS[slug]
+        make = methods.get(slug)
+        first, second = (
+            make(**options, generator=torch.Generator().manual_seed(3)) for _ in range(2)
+        )
+        other = make(**options, generator=torch.Generator().manual_seed(4))
+        given, _ = inputs(torch.float32)
+        assert torch.equal(first(given), second(given))
+        assert not torch.equal(first(given), other(given))
+        other.load_state_dict(first.state_dict())
+        assert torch.equal(first(given), other(given))
+
+
 def test_every_kind_in_use_has_a_contract():
-    tested = {"patch"}
+    tested = {"patch", "layer"}
     used = {methods.card(slug).kind for slug in methods.list()}
     assert used <= tested, f"write the contract test of: {sorted(used - tested)}"
