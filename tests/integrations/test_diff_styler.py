@@ -150,6 +150,16 @@ def test_unet_equals_copies_with_merged_weights(mode):
     assert torch.equal(model(z, 3, text(texts.empty)).sample, plain)
 
 
+def test_adapters_on_fused_projections_are_refused():
+    model = unet()
+    lora = new_low_rank(model, 2)
+    model.fuse_qkv_projections()
+    with pytest.raises(ValueError, match=r"are fused.* unfuse them first"):
+        DiffStyler(model, [lora])
+    model.unfuse_qkv_projections()
+    DiffStyler(model, [lora]).remove()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_several_steps_beside_other_patches(dtype):

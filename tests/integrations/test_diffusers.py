@@ -11,6 +11,9 @@ import torch.nn.functional as F
 
 import transfuse.integrations.diffusers as integration
 from transfuse.integrations.diffusers import AttendProcessor, patch
+from transfuse.methods.diffusion_control.diff_styler import DiffStylerOptions
+from transfuse.methods.diffusion_control.easy_ref import EasyRefOptions
+from transfuse.methods.diffusion_control.grad_sam import GradSAMOptions
 from transfuse.methods.diffusion_control.style_injection import (
     StyleInjectionOptions,
     StyleInjector,
@@ -70,6 +73,7 @@ def snapshot(model):
             {key: id(value) for key, value in module.__dict__.items() if key[0] != "_"},
             {key: id(value) for key, value in module._modules.items()},
             list(module._forward_pre_hooks),
+            list(module._forward_hooks),
         )
         for name, module in model.named_modules()
     ], {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -206,11 +210,17 @@ def test_backend_and_diffusers_own_switch_are_reachable():
 
 
 def methods():
-    return [AttendProcessor(), StyleInjectionOptions()]
+    return [
+        AttendProcessor(),
+        StyleInjectionOptions(),
+        EasyRefOptions(),
+        GradSAMOptions(),
+        DiffStylerOptions(),
+    ]
 
 
 @needs_diffusers
-@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("which", range(5))
 def test_removal_restores_bit_for_bit(which):
     model = unet()
     before, expected = snapshot(model), run(model)
@@ -226,7 +236,7 @@ def test_removal_restores_bit_for_bit(which):
 
 
 @needs_diffusers
-@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("which", range(5))
 def test_exception_inside_the_context(which):
     model = unet()
     before = snapshot(model)
@@ -309,17 +319,21 @@ def test_what_cannot_be_patched_is_refused_with_a_reason():
             return hidden_states
 
     model = unet()
-    name = "up_blocks.0.attentions.0.transformer_blocks.0.attn1"
-    layer = model.get_submodule(name)
-    default = layer.processor
-    layer.set_processor(AdapterProcessor())
-    before = snapshot(model)
-    for method in methods():
-        with pytest.raises(ValueError, match=f"'{name}' uses the processor AdapterProcessor"):
-            patch(model, method)
-    assert_same(before, snapshot(model))
-    patch(model, AttendProcessor(), layers=["down_blocks"]).remove()
-    layer.set_processor(default)
+    for which, kinds in (
+        ("attn1", (AttendProcessor, StyleInjectionOptions, DiffStylerOptions)),
+        ("attn2", (AttendProcessor, EasyRefOptions, GradSAMOptions)),
+    ):
+        name = f"up_blocks.1.attentions.1.transformer_blocks.0.{which}"
+        layer = model.get_submodule(name)
+        default = layer.processor
+        layer.set_processor(AdapterProcessor())
+        before = snapshot(model)
+        for kind in kinds:
+            with pytest.raises(ValueError, match=f"'{name}' uses the processor AdapterProcessor"):
+                patch(model, kind())
+        assert_same(before, snapshot(model))
+        patch(model, AttendProcessor(), layers=["down_blocks"]).remove()
+        layer.set_processor(default)
 
     added = Attention(query_dim=8, heads=2, dim_head=4, added_kv_proj_dim=8)
     with pytest.raises(ValueError, match="added key/value projections"):

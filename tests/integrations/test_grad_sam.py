@@ -90,6 +90,19 @@ def test_every_layer_equals_the_dense_jacobian(below):
             torch.testing.assert_close(result.scores[0, i, j], expected, rtol=1e-7, atol=1e-10)
 
 
+def test_masked_text_has_no_score_and_the_rest_that_of_the_shorter_text():
+    x, text = inputs(torch.float64)
+    model = unet().double()
+    mask = torch.tensor([[1, 1, 1, 0, 0]], dtype=torch.bool)
+    with patch(model, AttendProcessor()), GradSAM(model) as sam:
+        masked = sam.score(
+            lambda: model(x, 11, text, encoder_attention_mask=mask).sample, [[1], [3]]
+        )
+        shorter = sam.score(lambda: model(x, 11, text[:, :3]).sample, [[1]])
+    torch.testing.assert_close(masked.scores[:, :, 0], shorter.scores[:, :, 0])
+    assert masked.scores[:, :, 1].abs().max() == 0
+
+
 def test_default_is_the_last_layer_of_the_decoder():
     with GradSAM(unet()) as sam:
         assert sam.layers == ("up_blocks.1.attentions.1.transformer_blocks.0.attn2",)

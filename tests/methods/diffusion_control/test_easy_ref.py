@@ -444,6 +444,23 @@ def test_state_dict_round_trip(text_denoiser):
 
 
 @torch.no_grad()
+def test_fewer_key_heads_than_query_heads(text_denoiser):
+    x, p = torch.randn(2, 4, 4, 4), context()
+    layer = text_denoiser.cross[7]
+    layer.to_k, layer.to_v = (nn.Linear(12, 8, bias=False) for _ in range(2))  # one head of two
+    with EasyRef(text_denoiser, layers=["cross.7"]) as patch:
+        patch.set_references(p, 0.5)
+        grouped = text_denoiser(x, 1)
+    for name in ("to_k", "to_v"):
+        wide = nn.Linear(12, 16, bias=False)
+        wide.weight.copy_(getattr(layer, name).weight.repeat(2, 1))
+        setattr(layer, name, wide)
+    with EasyRef(text_denoiser, layers=["cross.7"]) as patch:
+        patch.set_references(p, 0.5)
+        torch.testing.assert_close(grouped, text_denoiser(x, 1))
+
+
+@torch.no_grad()
 def test_starts_from_the_projections_of_the_text(text_denoiser):
     with EasyRef(text_denoiser, layers=[3]) as patch:
         assert patch.layers == ("cross.3",)

@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from transfuse.methods._attention_columns import attention_columns
 from transfuse.methods.diffusion_control.easy_ref import EasyRef, EasyRefOptions
@@ -81,6 +82,29 @@ def test_columns_are_those_of_the_map(kind, dtype):
     assert out.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     # lse and logits are of the rounded inputs in float32 at least, whatever the dtype.
     torch.testing.assert_close(out.double(), expected, rtol=2e-5, atol=2e-6)
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that any tensor had."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **({} if kwargs is None else kwargs))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.itemsize)
+        return out
+
+
+def test_no_map_is_formed():
+    q, k = torch.randn(1, 2, 400, 8), torch.randn(1, 2, 600, 8)
+    with Largest() as seen:
+        lse = attend_with_lse(q, KV(k, k)).lse
+        attention_columns(q, k, torch.tensor([3, 5]), lse)
+    assert seen.elements <= 2 * 600 * 8, "inputs are the largest, the map would be 480000"
 
 
 def test_columns_refuse():

@@ -105,6 +105,14 @@ def new_low_rank(
     return result
 
 
+def _runs_fused(layer: nn.Module) -> bool:
+    """Whether a diffusers layer runs one fused projection instead of to_q, to_k and to_v."""
+    processor = getattr(layer, "processor", None)
+    while hasattr(processor, "previous"):
+        processor = processor.previous
+    return type(processor).__name__.startswith("Fused")
+
+
 class LowRankAdapters(nn.Module):
     """Several LoRAs on one model: y = W x + scale * up (down x) for the one in use, if any.
 
@@ -168,6 +176,11 @@ class LowRankAdapters(nn.Module):
             raise TypeError(
                 f"adapters[{number}]: expected a linear layer at {name!r}, "
                 f"got {type(layer).__name__}"
+            )
+        if "." in name and _runs_fused(modules[name.rpartition(".")[0]]):
+            raise ValueError(
+                f"adapters[{number}]: the projections at {name!r} are fused, and a fused layer "
+                "does not run it; unfuse them first"
             )
         down, up = pair
         expected = layer.in_features, layer.out_features

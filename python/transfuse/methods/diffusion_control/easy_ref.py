@@ -42,7 +42,6 @@ from transfuse._registry import register
 from transfuse.methods._attention_layers import (
     PatchHandle,
     attention_scale,
-    head_count,
     masked_source,
     refuse_hidden,
     run_projected_attention,
@@ -219,21 +218,23 @@ class _Projections(nn.Module):
         self._state: tuple | None = None
         self._kept: tuple[Tensor, Tensor] | None = None
 
-    def forward(self, context: Tensor, heads: int, whole: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, H, K, D); ``whole`` is the tensor that ``context`` is a part of."""
+    def forward(self, context: Tensor, width: int, whole: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, Hk, K, D), D = ``width``; ``context`` is a part of ``whole``."""
         weights = [self.to_k_ref.weight, self.to_v_ref.weight]
         tracked = torch.is_grad_enabled() and any(x.requires_grad for x in (context, *weights))
         if tracked or any(x.is_inference() for x in (whole, *weights)):
-            return self._project(context, heads)
+            return self._project(context, width)
         # An in-place change raises a tensor's version; module.to() replaces what it points to.
         state = tuple((x._version, x.data_ptr(), x.dtype, x.device) for x in (whole, *weights))
         source = None if self._source is None else self._source()
         if source is not whole or state != self._state or self._kept is None:
             self._source, self._state = weakref.ref(whole), state
-            self._kept = self._project(context, heads)
+            self._kept = self._project(context, width)
         return self._kept
 
-    def _project(self, context: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    def _project(self, context: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        # Fewer key heads than query heads is legal (grouped-query attention).
+        heads = self.to_k_ref.out_features // width
         context = context.to(self.to_k_ref.weight.dtype)
         return (
             split_heads(self.to_k_ref(context), heads),
@@ -296,7 +297,6 @@ class _DecoupledLayer:
             references = self._owner.references
         else:
             references = [(whole[:, text.shape[1] :], whole, options.weight)]
-        heads = head_count(attn)
 
         def core(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
             branches = [Branch(key, value, 1.0, mask)]
@@ -307,7 +307,7 @@ class _DecoupledLayer:
                     weight = weight.to(query.device, query.dtype)
                 elif weight == 0.0:
                     continue
-                own = projections(context, heads, source)
+                own = projections(context, query.shape[-1], source)
                 branches.append(Branch(own[0].to(query.dtype), own[1].to(query.dtype), weight))
             try:
                 return decoupled_attention(
