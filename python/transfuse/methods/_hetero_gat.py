@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +25,17 @@ _MAX_WIDTH = 256  # of one head's values in attend
 _DENSE_ENTRIES = 1 << 14
 
 
-def edge_index(name: str, pairs: Tensor | Sequence[Sequence[int]]) -> Tensor:
-    """Edges as (2, E) int64: sources, destinations. Takes that, or a sequence of E pairs.
+class Edges(NamedTuple):
+    """Edges of one relation, with what has to be read from them once."""
+
+    pairs: Tensor  # (2, E) int64: sources, destinations
+    sources: int  # number of source nodes needed: the highest plus one
+    ends: int
+    repeated: bool  # some edge is there more than once
+
+
+def read_edges(name: str, pairs: Tensor | Sequence[Sequence[int]]) -> Edges:
+    """Edges from (2, E) integers or from a sequence of E pairs (source, destination).
 
     Raises:
         ValueError, TypeError: Neither form, or negative entries.
@@ -41,9 +51,13 @@ def edge_index(name: str, pairs: Tensor | Sequence[Sequence[int]]) -> Tensor:
         if any(len(pair) != 2 for pair in entries):
             raise ValueError(f"{name}: expected pairs (source, destination), got {entries}")
         index = torch.tensor(entries, dtype=torch.int64).reshape(-1, 2).T.contiguous()
-    if index.numel() and int(index.min()) < 0:
+    if index.numel() == 0:
+        return Edges(index, 0, 0, False)
+    if int(index.min()) < 0:
         raise ValueError(f"{name}: expected entries from 0, got {int(index.min())}")
-    return index
+    sources, ends = (index.amax(1) + 1).tolist()
+    repeated = int((index[0] * ends + index[1]).unique().numel()) < index.shape[1]
+    return Edges(index, sources, ends, repeated)
 
 
 def _key(relation: Relation) -> str:
@@ -113,13 +127,21 @@ class HeteroGATLayer(nn.Module):
         )
 
     def forward(
-        self, nodes: Mapping[str, Tensor], edges: Mapping[Relation, Tensor]
+        self, nodes: Mapping[str, Tensor], edges: Mapping[Relation, Edges]
     ) -> dict[str, Tensor]:
-        """Node type -> (B, N, width) to node type -> (B, N, heads F or F)."""
+        """Node type -> (B, N, width) to node type -> (B, N, heads F or F).
+
+        Args:
+            nodes: Features of every node type.
+            edges: Relation -> :func:`read_edges` of its edges.
+
+        Raises:
+            ValueError: Edges of nodes that are not there.
+        """
         arriving: dict[str, list[Relation]] = {}
         for relation in self.relations:
             source, _, end = relation
-            has_edges = relation in edges and edges[relation].shape[1] > 0
+            has_edges = relation in edges and edges[relation].pairs.shape[1] > 0
             if has_edges and source in nodes and end in nodes:
                 arriving.setdefault(end, []).append(relation)
         return {end: self._arrive(nodes, edges, own) for end, own in arriving.items()}
@@ -127,7 +149,7 @@ class HeteroGATLayer(nn.Module):
     def _arrive(
         self,
         nodes: Mapping[str, Tensor],
-        edges: Mapping[Relation, Tensor],
+        edges: Mapping[Relation, Edges],
         relations: Sequence[Relation],
     ) -> Tensor:
         total: Tensor | None = None
@@ -135,9 +157,9 @@ class HeteroGATLayer(nn.Module):
         for relation in relations:
             source, name, end = relation
             weights: _RelationWeights = self.weights[_key(relation)]  # type: ignore[assignment]
-            index = edges[relation]
+            given = edges[relation]
             own, ends = nodes[source], nodes[end]
-            _check_edges(name, index, own.shape[1], ends.shape[1])
+            _check_edges(name, given, own.shape[1], ends.shape[1])
             values = self._project(own, weights)  # (B, H, Nu, F)
             # Logits are float32 at least, whatever the features are.
             work = torch.float64 if values.dtype == torch.float64 else torch.float32
@@ -146,10 +168,10 @@ class HeteroGATLayer(nn.Module):
             right = ending.to(work) @ weights.attn_r[..., None].to(work)
             entries = own.shape[1] * ends.shape[1]
             part = None
-            if _dense_pays(entries, index.shape[1]):
-                sources.append(self._dense(values, left, right, index, len(sources)))
+            if _dense_pays(entries, given.pairs.shape[1]):
+                sources.append(self._dense(values, left, right, given, len(sources)))
             else:
-                part = self._edge_by_edge(values, left, right, index)
+                part = self._edge_by_edge(values, left, right, given.pairs)
             bias = weights.bias.view(self.heads, 1, self.out)
             total = bias if total is None else total + bias
             total = total if part is None else total + part
@@ -168,13 +190,14 @@ class HeteroGATLayer(nn.Module):
     def _logits(self, left: Tensor, right: Tensor) -> Tensor:
         return F.leaky_relu(left + right, self.negative_slope)
 
-    def _dense(self, values: Tensor, left: Tensor, right: Tensor, index: Tensor, group: int) -> KV:
+    def _dense(self, values: Tensor, left: Tensor, right: Tensor, edges: Edges, group: int) -> KV:
         """One relation as keys and values: the logits are a bias, absent edges a mask."""
         logits = self._logits(left.transpose(-1, -2), right)  # (B, H, Nv, Nu)
+        index = edges.pairs
         count = torch.zeros(logits.shape[-2:], dtype=logits.dtype, device=values.device)
         ones = torch.ones(index.shape[1], dtype=logits.dtype, device=values.device)
         count.index_put_((index[1], index[0]), ones, accumulate=True)
-        if int(count.max()) > 1:  # an edge that is there k times counts k times
+        if edges.repeated:  # an edge that is there k times counts k times
             logits = logits + count.clamp_min(1).log()
         parts, width = self._parts()
         padded = F.pad(values, (0, parts * width - self.out))
@@ -220,12 +243,15 @@ def _dense_pays(entries: int, edges: int) -> bool:
     return entries <= max(_DENSE_ENTRIES, 4 * edges)
 
 
-def _check_edges(name: str, index: Tensor, sources: int, ends: int) -> None:
-    for part, row, bound in (("sources", index[0], sources), ("destinations", index[1], ends)):
-        if row.numel() and int(row.max()) >= bound:
+def _check_edges(name: str, edges: Edges, sources: int, ends: int) -> None:
+    for part, needed, bound in (
+        ("sources", edges.sources, sources),
+        ("destinations", edges.ends, ends),
+    ):
+        if needed > bound:
             raise ValueError(
                 f"edges {name!r}: expected {part} below {bound} (nodes of that type), "
-                f"got {int(row.max())}"
+                f"got {needed - 1}"
             )
 
 
@@ -269,12 +295,12 @@ class HeteroGAT(nn.Module):
                     f"edges: expected keys (source type, name, destination type), got {relation!r}"
                 )
             relations.append(relation)
+        # The index moves with the module, the numbers read from it stay.
+        self._read: dict[Relation, Edges] = {}
         for relation, pairs in edges.items():
-            self.register_buffer(
-                f"edges_{_key(relation)}",
-                edge_index(f"edges {relation[1]!r}", pairs),
-                persistent=False,
-            )
+            self._read[relation] = read_edges(f"edges {relation[1]!r}", pairs)
+            index = self._read[relation].pairs
+            self.register_buffer(f"edges_{_key(relation)}", index, persistent=False)
         self.relations = tuple(relations)
         self.first = HeteroGATLayer(in_dim, hidden, relations, heads=heads[0], generator=generator)
         self.second = HeteroGATLayer(
@@ -320,14 +346,15 @@ class HeteroGAT(nn.Module):
         flat = all(x.ndim == 2 for x in nodes.values())
         return {name: x[0] for name, x in out.items()} if flat else out
 
-    def _edges(self, edges: Mapping | None) -> dict[Relation, Tensor]:
+    def _edges(self, edges: Mapping | None) -> dict[Relation, Edges]:
         if edges is None:
-            return {r: getattr(self, f"edges_{_key(r)}") for r in self.relations}
+            return {
+                relation: own._replace(pairs=getattr(self, f"edges_{_key(relation)}"))
+                for relation, own in self._read.items()
+            }
         unknown = [relation for relation in edges if relation not in self.relations]
         if unknown:
             raise ValueError(f"edges: unknown relations {unknown}; known: {list(self.relations)}")
-        device = self.first.weights[_key(self.relations[0])].bias.device  # type: ignore[union-attr]
-        return {
-            r: edge_index(f"edges {r[1]!r}", pairs).to(device)  # type: ignore[arg-type]
-            for r, pairs in edges.items()
-        }
+        device = next(self.parameters()).device
+        given = {r: read_edges(f"edges {r[1]!r}", pairs) for r, pairs in edges.items()}
+        return {r: own._replace(pairs=own.pairs.to(device)) for r, own in given.items()}

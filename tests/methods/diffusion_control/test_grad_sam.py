@@ -260,6 +260,7 @@ def test_masks_refuse():
         (good[0], {}, ValueError, r"scores: expected \(..., layers"),
         (good[:0], {}, ValueError, "no empty dimension"),
         (good.long(), {}, TypeError, "scores"),
+        (good * math.nan, {}, ValueError, "scores: expected finite values"),
     ):
         with pytest.raises(error, match=match):
             make_mask(scores, **options)

@@ -143,7 +143,7 @@ def test_layer_equals_loops(out, merge, form, monkeypatch):
     g = torch.Generator().manual_seed(0)
     nodes = {"a": torch.randn(3, 4, generator=g), "b": torch.randn(4, 4, generator=g)}
     nodes = {t: x.double() for t, x in nodes.items()}
-    index = {r: _hetero_gat.edge_index("e", e) for r, e in EDGE_CASES.items()}
+    index = {r: _hetero_gat.read_edges("e", e) for r, e in EDGE_CASES.items()}
     force(form, monkeypatch)
     result = layer({t: torch.stack([x, 2 * x]) for t, x in nodes.items()}, index)
     expected = by_hand(layer, nodes, EDGE_CASES)
@@ -201,10 +201,24 @@ def test_types_and_edges_that_are_absent():
             network(given, edges)
 
 
+def test_compiles_without_a_break_and_to_second_order():
+    rectifier = RelationRectifier(8, hidden=4).double()
+    g = torch.randn(5, 2, 8, dtype=torch.float64, requires_grad=True)
+
+    def delta(g):
+        return rectifier(relation_graph(*g))
+
+    assert torch.autograd.gradcheck(delta, (g,))
+    assert torch.autograd.gradgradcheck(delta, (g,))
+    graph = relation_graph(*g.detach())
+    compiled = torch.compile(rectifier, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(graph), rectifier(graph))
+
+
 def test_half_precision_logits_are_float32():
     layer = HeteroGATLayer(8, 4, [("a", "e", "a")], heads=2).to(torch.bfloat16)
     x = torch.randn(1, 5, 8, dtype=torch.bfloat16)
-    index = {("a", "e", "a"): torch.tensor([[0, 1, 2, 3], [4, 4, 4, 4]])}
+    index = {("a", "e", "a"): _hetero_gat.read_edges("e", [(i, 4) for i in range(4)])}
     out = layer({"a": x}, index)["a"]
     assert out.dtype == torch.bfloat16
     exact = layer.double()({"a": x.double()}, index)["a"]

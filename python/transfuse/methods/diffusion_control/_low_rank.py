@@ -107,7 +107,7 @@ def new_low_rank(
 
 def _runs_fused(layer: nn.Module) -> bool:
     """Whether a diffusers layer runs one fused projection instead of to_q, to_k and to_v."""
-    processor = getattr(layer, "processor", None)
+    processor: Any = getattr(layer, "processor", None)
     while hasattr(processor, "previous"):
         processor = processor.previous
     return type(processor).__name__.startswith("Fused")

@@ -116,7 +116,7 @@ def make_mask(
 
     Raises:
         ValueError, TypeError: Scores of less than 5 dimensions or without layers or subjects, an
-            unknown rule, or numbers out of range.
+            unknown rule, scores that are not finite, or numbers out of range.
 
     Notes:
         A constant plane exceeds no threshold: its mask is empty, all of it would be overwritten,
@@ -141,6 +141,8 @@ def make_mask(
     _checks.floating("scores", scores)
     if 0 in scores.shape[-5:]:
         raise ValueError(f"scores: expected no empty dimension, got {tuple(scores.shape)}")
+    if not bool(scores.isfinite().all()):
+        raise ValueError("scores: expected finite values, got some that are not")
     smooth = scores.detach()
     smooth = smooth if smooth.dtype == torch.float64 else smooth.float()
     if rule == "paper":

@@ -235,7 +235,7 @@ class _Projections(nn.Module):
     def _project(self, context: Tensor, width: int) -> tuple[Tensor, Tensor]:
         # Fewer key heads than query heads is legal (grouped-query attention).
         heads = self.to_k_ref.out_features // width
-        context = context.to(self.to_k_ref.weight.dtype)
+        context = context.to(self.to_k_ref.weight)
         return (
             split_heads(self.to_k_ref(context), heads),
             split_heads(self.to_v_ref(context), heads),
