@@ -16,27 +16,15 @@ from transfuse.methods.diffusion_control.diff_styler import (
     stylize,
 )
 from transfuse.methods.diffusion_control.easy_ref import EasyRefOptions
+from transfuse.testing.models import tiny_unet
 
 diffusers = pytest.importorskip("diffusers", exc_type=ImportError)
 
 FEATURE = "up_blocks.1.resnets.1.conv2"
 
 
-def unet(**changes):
-    torch.manual_seed(0)
-    config = {
-        "sample_size": 8,
-        "layers_per_block": 1,
-        "block_out_channels": (16, 32),
-        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        "cross_attention_dim": 12,
-        "attention_head_dim": 2,
-        "norm_num_groups": 4,
-        "resnet_out_scale_factor": 1.4,
-        **changes,
-    }
-    return diffusers.UNet2DConditionModel(**config).eval()
+def unet():
+    return tiny_unet(resnet_out_scale_factor=1.4)
 
 
 def setting(model, n=2):

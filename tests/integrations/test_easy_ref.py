@@ -15,25 +15,10 @@ from transfuse.methods.diffusion_control.easy_ref import (
     pad_groups,
 )
 from transfuse.methods.diffusion_control.style_injection import StyleInjectionOptions
+from transfuse.testing.models import tiny_unet
 
 diffusers = pytest.importorskip("diffusers", exc_type=ImportError)
 transformers = pytest.importorskip("transformers", exc_type=ImportError)
-
-
-def unet(**changes):
-    torch.manual_seed(0)
-    config = {
-        "sample_size": 8,
-        "layers_per_block": 1,
-        "block_out_channels": (16, 32),
-        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        "cross_attention_dim": 12,
-        "attention_head_dim": 2,
-        "norm_num_groups": 4,
-        **changes,
-    }
-    return diffusers.UNet2DConditionModel(**config).eval()
 
 
 def inputs(dtype=torch.float32):
@@ -69,7 +54,7 @@ class DenseProcessor:
 def test_unet_equals_a_dense_implementation(layout, masked):
     x, text, p = inputs(torch.float64)
     mask = torch.tensor([[1, 1, 0, 0, 1], [1, 1, 1, 1, 0]], dtype=torch.bool) if masked else None
-    model = unet().double()
+    model = tiny_unet().double()
     expected_plain = model(x, 11, text).sample
     processors = dict(model.attn_processors)
     options = EasyRefOptions(appended=4, weight=0.6) if layout == "appended" else EasyRefOptions()
@@ -77,7 +62,7 @@ def test_unet_equals_a_dense_implementation(layout, masked):
     for one in handle.adapters[0]:
         for parameter in one.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
-    reference = unet().double()
+    reference = tiny_unet().double()
     dense = dict(reference.attn_processors)
     for name, one in zip(handle.layers, handle.adapters[0], strict=True):
         assert name.endswith("attn2")
@@ -104,7 +89,7 @@ def test_unet_equals_a_dense_implementation(layout, masked):
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
 def test_beside_the_other_patches_and_off_in_any_order(order):
     x, text, p = inputs()
-    model = unet()
+    model = tiny_unet()
     expected, processors = model(x, 11, text).sample, dict(model.attn_processors)
     handles = [
         patch(model, AttendProcessor()),
@@ -129,7 +114,7 @@ def test_beside_the_other_patches_and_off_in_any_order(order):
 @torch.no_grad()
 def test_half_precision():
     x, text, p = inputs(torch.bfloat16)
-    model = unet().to(torch.bfloat16)
+    model = tiny_unet().to(torch.bfloat16)
     with EasyRef(model).set_references(p.float(), 0.5) as handle:
         out = model(x, 11, text).sample
         assert out.dtype == torch.bfloat16

@@ -13,24 +13,18 @@ from transfuse.methods.diffusion_control.grad_sam import (
     keep_subjects,
     make_mask,
 )
+from transfuse.testing.models import tiny_unet
 
 diffusers = pytest.importorskip("diffusers", exc_type=ImportError)
 
 
-def unet(**changes):
-    torch.manual_seed(0)
-    config = {
-        "sample_size": 4,
-        "layers_per_block": 1,
-        "block_out_channels": (8, 16),
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-        "cross_attention_dim": 12,
-        "attention_head_dim": 2,
-        "norm_num_groups": 4,
-        **changes,
-    }
-    return diffusers.UNet2DConditionModel(**config).eval()
+def unet():
+    return tiny_unet(
+        sample_size=4,
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
 
 
 def inputs(dtype=torch.float32):

@@ -14,6 +14,7 @@ from transfuse.methods.diffusion_control.relation_rectification import (
     sample_timesteps,
     word_features,
 )
+from transfuse.testing.models import tiny_unet
 
 diffusers = pytest.importorskip("diffusers", exc_type=ImportError)
 transformers = pytest.importorskip("transformers", exc_type=ImportError)
@@ -38,21 +39,12 @@ def text_encoder():
 
 
 def unet():
-    torch.manual_seed(1)
-    return (
-        diffusers.UNet2DConditionModel(
-            sample_size=8,
-            layers_per_block=1,
-            block_out_channels=(8, 16),
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=32,
-            attention_head_dim=2,
-            norm_num_groups=4,
-        )
-        .eval()
-        .requires_grad_(False)
-    )
+    return tiny_unet(
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=32,
+    ).requires_grad_(False)
 
 
 def ids(*words):

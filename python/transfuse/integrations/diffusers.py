@@ -22,13 +22,15 @@ from torch import Tensor, nn
 
 from transfuse._registry import near_matches
 from transfuse.methods._attention_layers import (
-    LayerReplacement,
-    PatchHandle,
     attention_scale,
     find_attention,
     layers_named,
     masked_source,
     run_projected_attention,
+)
+from transfuse.methods._attention_patch import (
+    LayerReplacement,
+    PatchHandle,
 )
 from transfuse.ops import attend
 

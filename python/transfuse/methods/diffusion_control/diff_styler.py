@@ -43,12 +43,15 @@ from torch import Tensor, nn
 from transfuse import _checks
 from transfuse._registry import near_matches, register
 from transfuse.methods._attention_layers import (
-    PatchHandle,
     attention_scale,
     masked_source,
-    refuse_hidden,
     run_projected_attention,
     select_attention,
+)
+from transfuse.methods._attention_patch import (
+    ModelPatch,
+    PatchHandle,
+    refuse_hidden,
 )
 from transfuse.methods.diffusion_control._ddim import (
     ddim_invert_step,
@@ -372,7 +375,7 @@ class _StyledLayer:
     kind="patch",
     ops=("attend",),
 )
-class DiffStyler:
+class DiffStyler(ModelPatch):
     """Localised style transfer with one LoRA for each region, on one shared model.
 
     Constructing it patches the chosen layers and puts the LoRAs on; :meth:`remove`, or leaving
@@ -444,14 +447,9 @@ class DiffStyler:
             self.adapters.remove()
             raise
         self.features = tuple(features)
-        self._hooks = [
+        self._hooks = tuple(
             modules[name].register_forward_hook(self._feature_hook(name)) for name in features
-        ]
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Names of the patched attention layers, in the model's order."""
-        return self._handle.layers
+        )
 
     @property
     def current(self) -> _Pass | None:
@@ -617,23 +615,10 @@ class DiffStyler:
 
         return after
 
-    @property
-    def installed(self) -> bool:
-        """Whether the model is still patched."""
-        return self._handle.installed
-
     def remove(self) -> None:
-        """Restore the model. A second call does nothing."""
-        for hook in self._hooks:
-            hook.remove()
+        """Restore the model; the adapters' matrices stay. A second call does nothing."""
         self.adapters.remove()
-        self._handle.remove()
-
-    def __enter__(self) -> DiffStyler:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.remove()
+        super().remove()
 
     def __repr__(self) -> str:
         state = "installed" if self.installed else "removed"

@@ -40,13 +40,16 @@ from torch import Tensor, nn
 from transfuse import _checks
 from transfuse._registry import register
 from transfuse.methods._attention_layers import (
-    PatchHandle,
     attention_scale,
     masked_source,
-    refuse_hidden,
     run_projected_attention,
     select_attention,
     split_heads,
+)
+from transfuse.methods._attention_patch import (
+    ModelPatch,
+    PatchHandle,
+    refuse_hidden,
 )
 from transfuse.methods.diffusion_control._references import (
     Drops,
@@ -338,7 +341,7 @@ class _DecoupledLayer:
     kind="patch",
     ops=("attend",),
 )
-class EasyRef(nn.Module):
+class EasyRef(nn.Module, ModelPatch):
     """Adds reference contexts to the cross-attention of a denoising model.
 
     Constructing it patches the layers; :meth:`remove`, or leaving ``with``, restores the model
@@ -395,11 +398,6 @@ class EasyRef(nn.Module):
                 for i, (name, layer) in enumerate(chosen.items())
             }
         )
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Names of the patched layers, in the model's order."""
-        return self._handle.layers
 
     @property
     def active(self) -> bool:
@@ -462,21 +460,6 @@ class EasyRef(nn.Module):
     def cached_bytes(self) -> int:
         """Bytes of the reference keys and values kept between model calls."""
         return sum(one.nbytes() for own in self._projections for one in own)
-
-    @property
-    def installed(self) -> bool:
-        """Whether the model is still patched."""
-        return self._handle.installed
-
-    def remove(self) -> None:
-        """Restore the model; the parameters stay. A second call does nothing."""
-        self._handle.remove()
-
-    def __enter__(self) -> EasyRef:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.remove()
 
     def __repr__(self) -> str:
         state = "installed" if self.installed else "removed"

@@ -41,12 +41,15 @@ from transfuse import _checks
 from transfuse._registry import register
 from transfuse.methods._attention_columns import attention_columns
 from transfuse.methods._attention_layers import (
-    PatchHandle,
     attention_scale,
     head_count,
     masked_source,
     run_projected_attention,
     select_attention,
+)
+from transfuse.methods._attention_patch import (
+    ModelPatch,
+    PatchHandle,
 )
 from transfuse.methods.diffusion_control._ddim import add_noise
 from transfuse.methods.diffusion_control._subjects import (
@@ -361,7 +364,7 @@ class _ColumnLayer:
     kind="patch",
     ops=("attend_with_lse",),
 )
-class GradSAM:
+class GradSAM(ModelPatch):
     """Scores which elements of a denoiser's output depend on which words of the prompt.
 
     Constructing it patches the chosen layers; :meth:`remove`, or leaving ``with``, restores the
@@ -417,12 +420,7 @@ class GradSAM:
         self._handle = PatchHandle(
             {name: (layer, _ColumnLayer(self, name)) for name, layer in chosen.items()}
         )
-        self._hook = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Names of the patched layers, in the model's order."""
-        return self._handle.layers
+        self._hooks = (model.register_forward_pre_hook(self._before_forward, with_kwargs=True),)
 
     @property
     def scoring(self) -> bool:
@@ -524,22 +522,6 @@ class GradSAM:
 
         args = tuple(usable(value) for value in args)
         return args, {name: usable(value) for name, value in kwargs.items()}
-
-    @property
-    def installed(self) -> bool:
-        """Whether the model is still patched."""
-        return self._handle.installed
-
-    def remove(self) -> None:
-        """Restore the model. A second call does nothing."""
-        self._hook.remove()
-        self._handle.remove()
-
-    def __enter__(self) -> GradSAM:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.remove()
 
     def __repr__(self) -> str:
         state = "installed" if self.installed else "removed"

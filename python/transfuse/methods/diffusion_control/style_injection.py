@@ -43,12 +43,15 @@ from torch import Tensor, nn
 
 from transfuse._registry import register
 from transfuse.methods._attention_layers import (
-    PatchHandle,
     attention_scale,
     masked_source,
-    refuse_hidden,
     run_projected_attention,
     select_attention,
+)
+from transfuse.methods._attention_patch import (
+    ModelPatch,
+    PatchHandle,
+    refuse_hidden,
 )
 from transfuse.methods.diffusion_control._ddim import (
     DDIMStep,
@@ -287,7 +290,7 @@ class _InjectionLayer:
     kind="patch",
     ops=("attend", "adain"),
 )
-class StyleInjector:
+class StyleInjector(ModelPatch):
     """Captures and injects self-attention features of a denoising model.
 
     Constructing it patches the chosen layers; :meth:`remove`, or leaving ``with``, restores the
@@ -354,12 +357,7 @@ class StyleInjector:
         self._handle = PatchHandle(
             {name: (layer, _InjectionLayer(self, name)) for name, layer in chosen.items()}
         )
-        self._hook = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Names of the patched layers, in the model's order."""
-        return self._handle.layers
+        self._hooks = (model.register_forward_pre_hook(self._before_forward, with_kwargs=True),)
 
     @property
     def mode(self) -> str | None:
@@ -523,22 +521,6 @@ class StyleInjector:
                 f"{list(labels['style'])}. Capture with the same labels and layers, name the "
                 "labels to inject (inject(steps=...)), or choose missing='plain'"
             )
-
-    @property
-    def installed(self) -> bool:
-        """Whether the model is still patched."""
-        return self._handle.installed
-
-    def remove(self) -> None:
-        """Restore the model; stored features stay. A second call does nothing."""
-        self._hook.remove()
-        self._handle.remove()
-
-    def __enter__(self) -> StyleInjector:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.remove()
 
     def __repr__(self) -> str:
         state = "installed" if self.installed else "removed"
