@@ -149,7 +149,9 @@ def attention_jacobian_scores(
         ValueError, TypeError: Arguments out of range.
 
     Notes:
-        Memory: the graph of ``fn`` and ``chunk`` gradients of H N n elements, n columns in all.
+        ``fn`` takes the whole map, so its backward forms ``chunk`` gradients of the map, of which
+        the subjects' columns are kept. :class:`GradSAM` knows that attention is linear in its map
+        and forms neither.
 
     Example:
         >>> a = torch.tensor([[[0.25, 0.75], [1.0, 0.0]]])
