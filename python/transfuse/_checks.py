@@ -96,6 +96,15 @@ def number(name: str, value: object, *, positive: bool = False) -> float:
     return result
 
 
+def positive_int(name: str, value: object) -> int:
+    """A Python integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an integer, got {describe(value)}")
+    if value < 1:
+        raise ValueError(f"{name}: expected an integer of at least 1, got {value}")
+    return value
+
+
 def choice(name: str, value: object, table: Mapping[object, int]) -> int:
     """The code of one of a few named options."""
     # A list is not hashable, so membership alone would raise an unhelpful error.

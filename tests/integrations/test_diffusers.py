@@ -11,15 +11,19 @@ import torch.nn.functional as F
 
 import transfuse.integrations.diffusers as integration
 from transfuse.integrations.diffusers import AttendProcessor, patch
+from transfuse.methods.diffusion_control.diff_styler import DiffStylerOptions
+from transfuse.methods.diffusion_control.easy_ref import EasyRefOptions
+from transfuse.methods.diffusion_control.grad_sam import GradSAMOptions
 from transfuse.methods.diffusion_control.style_injection import (
     StyleInjectionOptions,
     StyleInjector,
     stylize,
 )
+from transfuse.testing.models import tiny_unet
 
 try:
     import diffusers
-    from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
+    from diffusers import AutoencoderKL, UNet2DModel
     from diffusers.models.attention_processor import Attention
 except Exception as error:  # a broken dependency of diffusers is no ImportError
     diffusers = None
@@ -28,24 +32,6 @@ else:
     WHY = ""
 
 needs_diffusers = pytest.mark.skipif(diffusers is None, reason=WHY)
-
-
-def unet(**changes):
-    torch.manual_seed(0)
-    config = {
-        "sample_size": 8,
-        "in_channels": 4,
-        "out_channels": 4,
-        "layers_per_block": 1,
-        "block_out_channels": (16, 32),
-        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        "cross_attention_dim": 12,
-        "attention_head_dim": 2,
-        "norm_num_groups": 4,
-        **changes,
-    }
-    return UNet2DConditionModel(**config).eval()
 
 
 def inputs(dtype=torch.float32):
@@ -70,6 +56,7 @@ def snapshot(model):
             {key: id(value) for key, value in module.__dict__.items() if key[0] != "_"},
             {key: id(value) for key, value in module._modules.items()},
             list(module._forward_pre_hooks),
+            list(module._forward_hooks),
         )
         for name, module in model.named_modules()
     ], {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -87,7 +74,7 @@ def assert_same(before, after):
 @needs_diffusers
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_processor_equals_the_default(dtype):
-    model = unet().to(dtype)
+    model = tiny_unet().to(dtype)
     expected = run(model)
     model.set_attn_processor(AttendProcessor())
     torch.testing.assert_close(run(model), expected, rtol=1e-4, atol=1e-5)
@@ -95,7 +82,7 @@ def test_processor_equals_the_default(dtype):
 
 @needs_diffusers
 def test_attention_mask_is_honoured():
-    model = unet()
+    model = tiny_unet()
     mask = torch.tensor([[1, 1, 0, 0, 1], [1, 1, 1, 1, 0]], dtype=torch.bool)
     expected, unmasked = run(model, encoder_attention_mask=mask), run(model)
     assert not torch.allclose(expected, unmasked, atol=1e-3)
@@ -180,7 +167,7 @@ def test_autoencoder_with_image_shaped_attention():
 def test_gradients_flow_as_with_the_default():
     grads = []
     for processor in (None, AttendProcessor()):
-        model = unet()
+        model = tiny_unet()
         if processor is not None:
             model.set_attn_processor(processor)
         x, text = inputs()
@@ -193,10 +180,10 @@ def test_gradients_flow_as_with_the_default():
 
 @needs_diffusers
 def test_backend_and_diffusers_own_switch_are_reachable():
-    model = unet()
+    model = tiny_unet()
     with patch(model, AttendProcessor(backend="reference")) as handle:
         assert repr(handle) == f"PatchHandle({len(handle.layers)} layers, installed)"
-        torch.testing.assert_close(run(model), run(unet()), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(run(model), run(tiny_unet()), rtol=1e-4, atol=1e-5)
     assert repr(AttendProcessor(backend="reference")) == "AttendProcessor(backend='reference')"
     for name in ("_attention_backend", "_parallel_config"):
         assert hasattr(AttendProcessor, name)
@@ -206,13 +193,19 @@ def test_backend_and_diffusers_own_switch_are_reachable():
 
 
 def methods():
-    return [AttendProcessor(), StyleInjectionOptions()]
+    return [
+        AttendProcessor(),
+        StyleInjectionOptions(),
+        EasyRefOptions(),
+        GradSAMOptions(),
+        DiffStylerOptions(),
+    ]
 
 
 @needs_diffusers
-@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("which", range(5))
 def test_removal_restores_bit_for_bit(which):
-    model = unet()
+    model = tiny_unet()
     before, expected = snapshot(model), run(model)
     handle = patch(model, methods()[which])
     assert handle.installed
@@ -226,9 +219,9 @@ def test_removal_restores_bit_for_bit(which):
 
 
 @needs_diffusers
-@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("which", range(5))
 def test_exception_inside_the_context(which):
-    model = unet()
+    model = tiny_unet()
     before = snapshot(model)
     with pytest.raises(ZeroDivisionError), patch(model, methods()[which]):
         raise ZeroDivisionError
@@ -240,7 +233,7 @@ def test_exception_inside_the_context(which):
     "order", [(0, 1, 2), (2, 1, 0), (1, 0, 2), (1, 2, 0), (0, 2, 1), (2, 0, 1)]
 )
 def test_three_patches_come_off_in_any_order(order):
-    model = unet()
+    model = tiny_unet()
     before, expected = snapshot(model), run(model)
     handles = [
         patch(model, AttendProcessor()),
@@ -256,7 +249,7 @@ def test_three_patches_come_off_in_any_order(order):
 
 @needs_diffusers
 def test_processor_set_over_a_patch_is_left_alone():
-    model = unet()
+    model = tiny_unet()
     handle = patch(model, AttendProcessor(), layers=["mid_block"])
     model.set_attn_processor(AttendProcessor())
     mine = model.attn_processors
@@ -267,7 +260,7 @@ def test_processor_set_over_a_patch_is_left_alone():
 
 @needs_diffusers
 def test_only_some_layers():
-    model = unet()
+    model = tiny_unet()
     names = set(model.attn_processors)
     with patch(
         model, AttendProcessor(), layers=["mid_block", "up_blocks.1.attentions.0"]
@@ -289,7 +282,7 @@ def test_what_cannot_be_patched_is_refused_with_a_reason():
     with pytest.raises(TypeError, match=r"expected a diffusers model .* got Linear"):
         patch(torch.nn.Linear(2, 2), AttendProcessor())
     with pytest.raises(TypeError, match=r"expected an object with attach.* got str"):
-        patch(unet(), "style")
+        patch(tiny_unet(), "style")
     bare = UNet2DModel(
         sample_size=8,
         block_out_channels=(8, 8),
@@ -308,18 +301,22 @@ def test_what_cannot_be_patched_is_refused_with_a_reason():
         def __call__(self, attn, hidden_states):
             return hidden_states
 
-    model = unet()
-    name = "up_blocks.0.attentions.0.transformer_blocks.0.attn1"
-    layer = model.get_submodule(name)
-    default = layer.processor
-    layer.set_processor(AdapterProcessor())
-    before = snapshot(model)
-    for method in methods():
-        with pytest.raises(ValueError, match=f"'{name}' uses the processor AdapterProcessor"):
-            patch(model, method)
-    assert_same(before, snapshot(model))
-    patch(model, AttendProcessor(), layers=["down_blocks"]).remove()
-    layer.set_processor(default)
+    model = tiny_unet()
+    for which, kinds in (
+        ("attn1", (AttendProcessor, StyleInjectionOptions, DiffStylerOptions)),
+        ("attn2", (AttendProcessor, EasyRefOptions, GradSAMOptions)),
+    ):
+        name = f"up_blocks.1.attentions.1.transformer_blocks.0.{which}"
+        layer = model.get_submodule(name)
+        default = layer.processor
+        layer.set_processor(AdapterProcessor())
+        before = snapshot(model)
+        for kind in kinds:
+            with pytest.raises(ValueError, match=f"'{name}' uses the processor AdapterProcessor"):
+                patch(model, kind())
+        assert_same(before, snapshot(model))
+        patch(model, AttendProcessor(), layers=["down_blocks"]).remove()
+        layer.set_processor(default)
 
     added = Attention(query_dim=8, heads=2, dim_head=4, added_kv_proj_dim=8)
     with pytest.raises(ValueError, match="added key/value projections"):
@@ -332,7 +329,7 @@ def test_a_pipeline_stands_for_its_unet():
         def __init__(self, unet):
             self.unet = unet
 
-    model = unet()
+    model = tiny_unet()
     with patch(Pipeline(model), StyleInjectionOptions(gamma=0.3)) as injector:
         assert injector.options.gamma == 0.3
         assert injector.layers[-1] in {
@@ -364,7 +361,7 @@ def test_the_integration_itself_imports_no_diffusers():
 
 @needs_diffusers
 def test_default_layers_are_the_decoder_blocks_of_the_paper():
-    sd1 = unet(
+    sd1 = tiny_unet(
         block_out_channels=(8, 8, 8, 8),
         layers_per_block=2,
         down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
@@ -386,7 +383,7 @@ def test_default_layers_are_the_decoder_blocks_of_the_paper():
     ):
         StyleInjector(sd1, layers=[2])
 
-    sdxl = unet(
+    sdxl = tiny_unet(
         block_out_channels=(8, 8, 8),
         layers_per_block=2,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -396,7 +393,7 @@ def test_default_layers_are_the_decoder_blocks_of_the_paper():
     with StyleInjector(sdxl) as injector:
         assert len(injector.layers) == 6
         assert all(name.startswith("up_blocks.1.") for name in injector.layers)
-    with StyleInjector(unet()) as injector:
+    with StyleInjector(tiny_unet()) as injector:
         assert len(injector.layers) == 4, "fewer than six: all of the decoder"
 
 
@@ -429,7 +426,7 @@ class DenseProcessor:
 @pytest.mark.parametrize("storage", ["features", "recompute"])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_whole_method_on_a_unet_equals_a_dense_implementation(storage, prediction):
-    model = unet().double()
+    model = tiny_unet().double()
     x, text = inputs(torch.float64)
     content, style, text = x[:1], x[1:] * 0.5 + 0.2, text[:1]
     alphas = torch.linspace(0.9995, 0.02, 1000, dtype=torch.float64)
@@ -439,7 +436,7 @@ def test_whole_method_on_a_unet_equals_a_dense_implementation(storage, predictio
     state = {"mode": None, "t": None}
     with StyleInjector(model) as injector:
         names = [f"{name}.processor" for name in injector.layers]
-    reference = unet().double()
+    reference = tiny_unet().double()
     processors = reference.attn_processors
     reference.set_attn_processor(
         {n: DenseProcessor(state) if n in names else p for n, p in processors.items()}
@@ -469,7 +466,7 @@ def test_whole_method_on_a_unet_equals_a_dense_implementation(storage, predictio
         z = move("inject", z, t, t, after)
 
     options = StyleInjectionOptions(gamma=0.6, temperature=1.5, storage=storage)
-    model = unet().double()
+    model = tiny_unet().double()
     before = snapshot(model)
     with patch(model, options) as injector:
         out = stylize(
@@ -493,7 +490,7 @@ def test_whole_method_on_a_unet_equals_a_dense_implementation(storage, predictio
 @needs_diffusers
 @torch.no_grad()
 def test_half_precision_unet_runs():
-    model = unet().to(torch.bfloat16)
+    model = tiny_unet().to(torch.bfloat16)
     x, text = inputs(torch.bfloat16)
     with patch(model, StyleInjectionOptions(store_dtype=torch.float16)) as injector:
         for role in ("content", "style"):

@@ -8,12 +8,14 @@ from torch import Tensor, nn
 
 
 class PlainAttention(nn.Module):
-    """Hand-written self-attention: four projections, a head count, no processor protocol."""
+    """Hand-written attention: four projections, a head count, no processor protocol."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, context_width: int | None = None) -> None:
         super().__init__()
         self.num_heads = heads
-        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width, bias=False) for _ in range(3))
+        self.to_q = nn.Linear(width, width, bias=False)
+        source = width if context_width is None else context_width
+        self.to_k, self.to_v = (nn.Linear(source, width, bias=False) for _ in range(2))
         self.to_out = nn.Sequential(nn.Linear(width, width), nn.Dropout(0.0))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -40,6 +42,32 @@ class PlainDenoiser(nn.Module):
         for block in self.blocks:
             x = x + block(x)
         return self.outward(x).transpose(1, 2).unflatten(2, sample.shape[-2:])
+
+
+class TextDenoiser(PlainDenoiser):
+    """The same with cross-attention to a text after each self-attention; its own text if none."""
+
+    def __init__(self, width: int = 16, heads: int = 2, depth: int = 8, text: int = 12) -> None:
+        super().__init__(width, heads, depth)
+        self.cross = nn.ModuleList(PlainAttention(width, heads, text) for _ in range(depth))
+        self.register_buffer("empty", torch.randn(1, 5, text))
+
+    def forward(
+        self, sample: Tensor, timestep: int | Tensor, context: Tensor | None = None
+    ) -> Tensor:
+        context = self.empty if context is None else context
+        x = self.inward(sample.flatten(2).transpose(1, 2))
+        x = x + 0.001 * torch.as_tensor(timestep, dtype=x.dtype, device=x.device).mean()
+        for block, cross in zip(self.blocks, self.cross, strict=True):
+            x = x + block(x)
+            x = x + cross(x, context.expand(x.shape[0], -1, -1))
+        return self.outward(x).transpose(1, 2).unflatten(2, sample.shape[-2:])
+
+
+@pytest.fixture
+def text_denoiser() -> nn.Module:
+    torch.manual_seed(0)
+    return TextDenoiser().eval()
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ import transfuse.methods as methods
 class TestPatch:
     """Built with defaults on a model: installed, described, removed without a trace."""
 
-    def test_defaults_build_and_describe_themselves(self, slug, denoiser):
-        patch = methods.get(slug)(denoiser)
+    def test_defaults_build_and_describe_themselves(self, slug, text_denoiser):
+        patch = methods.get(slug)(text_denoiser)
         assert patch.installed
         assert patch.layers
         assert type(patch).__name__ in repr(patch)
@@ -23,27 +23,32 @@ class TestPatch:
         assert "removed" in repr(patch)
         patch.remove()
 
-    def test_removal_leaves_nothing_behind(self, slug, denoiser):
+    def test_removal_leaves_nothing_behind(self, slug, text_denoiser):
         def fingerprint():
             return [
-                (name, sorted(module.__dict__), len(module._forward_pre_hooks))
-                for name, module in denoiser.named_modules()
+                (
+                    name,
+                    sorted(module.__dict__),
+                    len(module._forward_pre_hooks),
+                    len(module._forward_hooks),
+                )
+                for name, module in text_denoiser.named_modules()
             ]
 
         x = torch.randn(1, 4, 4, 4)
-        before, expected = fingerprint(), denoiser(x, 1)
-        state = {name: tensor.clone() for name, tensor in denoiser.state_dict().items()}
-        with methods.get(slug)(denoiser):
-            denoiser(x, 1)
+        before, expected = fingerprint(), text_denoiser(x, 1)
+        state = {name: tensor.clone() for name, tensor in text_denoiser.state_dict().items()}
+        with methods.get(slug)(text_denoiser):
+            text_denoiser(x, 1)
         assert fingerprint() == before
-        assert torch.equal(denoiser(x, 1), expected)
-        for name, tensor in denoiser.state_dict().items():
+        assert torch.equal(text_denoiser(x, 1), expected)
+        for name, tensor in text_denoiser.state_dict().items():
             assert torch.equal(tensor, state.pop(name))
         assert not state
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_runs_in_dtype_and_is_reproducible(self, slug, denoiser, dtype):
-        model, x = denoiser.to(dtype), torch.randn(2, 4, 4, 4).to(dtype)
+    def test_runs_in_dtype_and_is_reproducible(self, slug, text_denoiser, dtype):
+        model, x = text_denoiser.to(dtype), torch.randn(2, 4, 4, 4).to(dtype)
         with torch.no_grad(), methods.get(slug)(model):
             first, second = model(x, 1), model(x, 1)
         assert first.dtype == dtype
@@ -51,11 +56,59 @@ class TestPatch:
         assert torch.equal(first, second)
 
     def test_model_without_a_place_for_it_is_refused(self, slug):
-        with pytest.raises(ValueError, match="no self-attention"):
+        with pytest.raises(ValueError, match=r"no (self|cross)-attention"):
             methods.get(slug)(torch.nn.Linear(3, 3))
 
 
+def _rectifier_graph(dtype):
+    from transfuse.methods.diffusion_control.relation_rectification import relation_graph
+
+    features = [x.to(dtype).requires_grad_() for x in torch.randn(5, 2, 32)]
+    return relation_graph(*features), features
+
+
+# slug -> (keyword arguments of a small layer, dtype -> (its input, tensors a gradient must reach))
+LAYERS = {"relation_rectification": ({"dim": 32, "hidden": 16}, _rectifier_graph)}
+
+
+@pytest.mark.parametrize("slug", methods.list(kind="layer"))
+class TestLayer:
+    """Built with defaults, described, seeded, trained, stored."""
+
+    def test_defaults_build_and_describe_themselves(self, slug):
+        layer = methods.get(slug)()
+        assert isinstance(layer, torch.nn.Module)
+        assert type(layer).__name__ in repr(layer)
+        assert all(p.isfinite().all() for p in layer.parameters())
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_gradients_reach_inputs_and_parameters(self, slug, dtype):
+        options, inputs = LAYERS[slug]
+        layer = methods.get(slug)(**options).to(dtype)
+        given, tensors = inputs(dtype)
+        out = layer(given)
+        assert out.dtype == dtype
+        assert out.isfinite().all()
+        assert torch.equal(layer(given), out)
+        out.square().sum().backward()
+        assert all(x.grad is not None and x.grad.isfinite().all() for x in tensors)
+        assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in layer.parameters())
+
+    def test_seeded_and_stored(self, slug):
+        options, inputs = LAYERS[slug]
+        make = methods.get(slug)
+        first, second = (
+            make(**options, generator=torch.Generator().manual_seed(3)) for _ in range(2)
+        )
+        other = make(**options, generator=torch.Generator().manual_seed(4))
+        given, _ = inputs(torch.float32)
+        assert torch.equal(first(given), second(given))
+        assert not torch.equal(first(given), other(given))
+        other.load_state_dict(first.state_dict())
+        assert torch.equal(first(given), other(given))
+
+
 def test_every_kind_in_use_has_a_contract():
-    tested = {"patch"}
+    tested = {"patch", "layer"}
     used = {methods.card(slug).kind for slug in methods.list()}
     assert used <= tested, f"write the contract test of: {sorted(used - tested)}"

@@ -22,13 +22,17 @@ from torch import Tensor, nn
 
 from transfuse._registry import near_matches
 from transfuse.methods._attention_layers import (
-    LayerReplacement,
-    PatchHandle,
     attention_scale,
     find_attention,
+    layers_named,
+    masked_source,
     run_projected_attention,
 )
-from transfuse.ops import KV, attend
+from transfuse.methods._attention_patch import (
+    LayerReplacement,
+    PatchHandle,
+)
+from transfuse.ops import attend
 
 __all__ = ["AttendProcessor", "AttentionMethod", "PatchHandle", "patch"]
 
@@ -71,6 +75,7 @@ class AttendProcessor:
     _parallel_config = None
 
     idle = False
+    plain = True
 
     def __init__(self, *, backend: str | None = None) -> None:
         _require_diffusers()
@@ -87,12 +92,7 @@ class AttendProcessor:
         temb: Tensor | None = None,
     ) -> Tensor:
         def core(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-            if mask is None:
-                source = KV(key, value)
-            elif mask.is_floating_point():
-                source = KV(key, value, bias=mask)
-            else:
-                source = KV(key, value, mask=mask.bool())
+            source = masked_source(key, value, mask)
             return attend(query, source, scale=attention_scale(attn), backend=self.backend)
 
         return run_projected_attention(
@@ -123,7 +123,7 @@ class AttendProcessor:
         for entry in () if layers is None else layers:
             if not isinstance(entry, str):
                 raise TypeError(f"layers: expected names of attention layers, got {entry!r}")
-            matches = {name for name in found if name == entry or name.startswith(entry + ".")}
+            matches = layers_named(entry, found)
             if not matches:
                 raise ValueError(
                     f"layers: no attention layer matches {entry!r}; {near_matches(entry, found)}"

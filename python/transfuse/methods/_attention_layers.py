@@ -1,4 +1,4 @@
-"""Find the attention layers of a model, run one with another core, and put replacements in place.
+"""Find the attention layers of a model, and run one with another core.
 
 A layer is any module that exposes ``to_q``, ``to_k``, ``to_v``, ``to_out`` and a head count
 (``heads``, ``num_heads`` or ``n_heads``): diffusers' ``Attention``, the ``CrossAttention`` of
@@ -8,34 +8,19 @@ latent diffusion code, and most hand-written ones. No model library is imported;
 
 from __future__ import annotations
 
-import functools
-import inspect
 import re
-import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from transfuse._registry import near_matches
+from transfuse.ops import KV
 
 # (query, key, value, mask) with heads split, (B, H, N, D); mask is None, bool (True = may attend)
 # or an additive float bias, broadcastable to (B, H, N, M). Returns (B, H, N, Dv).
 AttentionCore = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
-
-# Processors that compute plain softmax attention over the layer's own to_q/to_k/to_v. Replacing
-# any other one (adapters, added text keys, joint attention) would silently drop what it adds.
-PLAIN_PROCESSORS = frozenset(
-    {
-        "AttnProcessor",
-        "AttnProcessor2_0",
-        "AttnProcessorNPU",
-        "FusedAttnProcessor2_0",
-        "SlicedAttnProcessor",
-        "XFormersAttnProcessor",
-        "XLAFlashAttnProcessor2_0",
-    }
-)
 
 _PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
 _HEAD_COUNTS = ("heads", "num_heads", "n_heads")
@@ -100,58 +85,76 @@ def decoder_block_numbers(model: nn.Module, names: Iterable[str]) -> dict[str, i
     return numbers
 
 
-def select_self_attention(
-    model: nn.Module, layers: Sequence[int | str] | None, *, default_count: int
+def layers_named(entry: str, found: Iterable[str]) -> set[str]:
+    """Names equal to ``entry`` or lying below it."""
+    return {name for name in found if name == entry or name.startswith(entry + ".")}
+
+
+def select_attention(
+    model: nn.Module,
+    layers: Sequence[int | str] | None,
+    *,
+    cross: bool = False,
+    default_count: int | None,
 ) -> dict[str, nn.Module]:
-    """Choose self-attention layers of a model by name, by number, or by the default rule.
+    """Choose self- or cross-attention layers of a model by name, number, or the default rule.
 
     Args:
         model: The model to search.
-        layers: Names (a layer, or a module whose self-attention layers are all meant) and numbers
-            (decoder blocks; in a model without a decoder, positions among its self-attention
-            layers). None: the last ``default_count`` self-attention layers of the decoder, or of
-            the model if it has no decoder; all of them if there are fewer.
-        default_count: Number of layers of the default choice.
+        layers: Names (a layer, or a module whose layers of the wanted kind are all meant) and
+            numbers (decoder blocks; in a model without a decoder, positions among its layers of
+            that kind). The exact name of any attention layer is taken at its word. None: see
+            ``default_count``.
+        cross: Cross-attention instead of self-attention.
+        default_count: The default choice is the last so many layers of the decoder, or of the model
+            if it has no decoder; all of them if there are fewer. None: every layer of the model.
 
     Returns:
         Name -> layer, in the model's order.
 
     Raises:
-        ValueError: No self-attention in the model, or a name or number that matches none.
+        ValueError: No layer of the kind in the model, or a name or number that matches none.
         TypeError: ``layers`` is one string, or an entry is neither name nor number.
     """
-    found = find_attention(model, self_only=True)
-    if not found:
+    kind = "cross-attention" if cross else "self-attention"
+    every = find_attention(model, self_only=False)
+    found = {name: layer for name, layer in every.items() if is_self_attention(layer) != cross}
+    if not found and layers is None:
         raise ValueError(
-            f"{type(model).__name__} has no self-attention layer "
+            f"{type(model).__name__} has no {kind} layer "
             "(a module with to_q, to_k, to_v, to_out and a head count)"
         )
     numbers = decoder_block_numbers(model, found)
     if not numbers:
         numbers = {name: position for position, name in enumerate(found)}
     if layers is None:
-        return {name: found[name] for name in list(numbers)[-default_count:]}
+        return (
+            found
+            if default_count is None
+            else {name: found[name] for name in list(numbers)[-default_count:]}
+        )
     if isinstance(layers, str):
         raise TypeError(f"layers must be a sequence of names or numbers, got the string {layers!r}")
     chosen: set[str] = set()
     for entry in layers:
         if isinstance(entry, str):
-            matches = {name for name in found if name == entry or name.startswith(entry + ".")}
+            matches = {entry} if entry in every else layers_named(entry, found)
             hint = near_matches(entry, found)
         elif isinstance(entry, int) and not isinstance(entry, bool):
             matches = {name for name, number in numbers.items() if number == entry}
-            hint = f"numbers with self-attention: {sorted(set(numbers.values()))}"
+            hint = f"numbers with {kind}: {sorted(set(numbers.values()))}"
         else:
             raise TypeError(f"layers: expected names or numbers, got {entry!r}")
         if not matches:
-            raise ValueError(f"layers: no self-attention layer matches {entry!r}; {hint}")
+            raise ValueError(f"layers: no {kind} layer matches {entry!r}; {hint}")
         chosen |= matches
     if not chosen:
-        raise ValueError("layers is empty: choose at least one self-attention layer")
-    return {name: layer for name, layer in found.items() if name in chosen}
+        raise ValueError(f"layers is empty: choose at least one {kind} layer")
+    return {name: layer for name, layer in every.items() if name in chosen}
 
 
-def _split_heads(x: Tensor, heads: int) -> Tensor:
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, N, H D) to (B, H, N, D)."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
@@ -216,8 +219,8 @@ def run_projected_attention(
     query, key, value = layer.to_q(hidden_states), layer.to_k(context), layer.to_v(context)
     # Fewer key heads than query heads is legal (grouped-query attention).
     key_heads = key.shape[-1] * heads // query.shape[-1]
-    query, key = _split_heads(query, heads), _split_heads(key, key_heads)
-    value = _split_heads(value, key_heads)
+    query, key = split_heads(query, heads), split_heads(key, key_heads)
+    value = split_heads(value, key_heads)
     for name in ("norm_q", "norm_k"):
         norm = getattr(layer, name, None)
         if norm is not None and name == "norm_q":
@@ -238,173 +241,25 @@ def run_projected_attention(
     return out if factor == 1.0 else out / factor
 
 
+def masked_source(
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    group: int = 0,
+    gate: float | Tensor = 1.0,
+    temperature: float = 1.0,
+) -> KV:
+    """Keys and values under a mask as layers carry it: None, bool (True: attend) or additive."""
+    bias = None
+    if mask is not None and mask.is_floating_point():
+        bias, mask = mask, None
+    elif mask is not None and mask.dtype != torch.bool:
+        mask = mask.bool()
+    return KV(key, value, group=group, gate=gate, temperature=temperature, bias=bias, mask=mask)
+
+
 def attention_scale(layer: nn.Module) -> float | None:
     """The layer's own logit scale, or None for the usual 1/sqrt(D)."""
     scale = getattr(layer, "scale", None)
     return float(scale) if isinstance(scale, (int, float)) else None
-
-
-class LayerReplacement(Protocol):
-    """What :class:`PatchHandle` puts in the place of a layer's attention.
-
-    ``previous`` is the processor (or forward function) that was there before; the replacement may
-    call it, and removal links around it. An ``idle`` replacement only passes the call on.
-    """
-
-    name: str
-    previous: Any
-
-    @property
-    def idle(self) -> bool: ...
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-    ) -> Tensor: ...
-
-
-def _has_processor(layer: nn.Module) -> bool:
-    return hasattr(layer, "processor") and hasattr(layer, "set_processor")
-
-
-class _ForwardSlot:
-    """Stands in for ``layer.forward`` and gives a plain layer the processor protocol."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        self._layer = layer
-        self._saved = layer.__dict__.get("forward")  # None: the class's own forward
-        self._original = layer.forward
-        self._extra_names = list(inspect.signature(self._original).parameters)[1:]
-        self.processor: Any = self._original
-        functools.update_wrapper(self, self._original)
-
-    # The layer's own argument names are unknown here, so its call is forwarded as it came.
-    def __call__(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
-        processor = self.processor
-        while processor is not self._original and processor.idle:
-            processor = processor.previous
-        if processor is self._original:
-            return self._original(hidden_states, *args, **kwargs)
-        extras = dict(zip(self._extra_names, args, strict=False)) | kwargs
-        given = [name for name, value in extras.items() if value is not None]
-        if given:
-            raise ValueError(
-                f"layer {processor.name!r} received {', '.join(given)} beside its input: "
-                "only plain self-attention is supported here"
-            )
-        return processor(self._layer, hidden_states)
-
-    def set_processor(self, processor: Callable[..., Tensor]) -> None:
-        self.processor = processor
-        if processor is not self._original:
-            self._layer.forward = self
-        elif self._saved is None:
-            del self._layer.forward
-        else:
-            self._layer.forward = self._saved
-
-
-def _slot(layer: nn.Module) -> Any:
-    """What holds the layer's processor: the layer itself, or a stand-in for its forward."""
-    if _has_processor(layer):
-        return layer
-    forward = layer.__dict__.get("forward")
-    return forward if isinstance(forward, _ForwardSlot) else _ForwardSlot(layer)
-
-
-def check_replaceable(name: str, layer: nn.Module) -> None:
-    """Refuse a layer whose current attention is more than plain attention.
-
-    Raises:
-        ValueError: The layer has added key projections, or a processor that adds something.
-    """
-    if getattr(layer, "added_kv_proj_dim", None) is not None:
-        raise ValueError(f"layer {name!r} has added key/value projections, which are not supported")
-    if not _has_processor(layer):
-        return
-    processor = layer.processor
-    if type(processor).__name__ in PLAIN_PROCESSORS or hasattr(processor, "previous"):
-        return
-    raise ValueError(
-        f"layer {name!r} uses the processor {type(processor).__name__}: replacing it would drop "
-        "what it does beyond plain attention; choose other layers or unload it first"
-    )
-
-
-class PatchHandle:
-    """A set of layer replacements that can be taken out again.
-
-    Several handles may sit on the same layer and may be removed in any order: each takes out
-    exactly its own replacements. ``with handle: ...`` removes on leaving, also after an exception.
-    A replacement that somebody else has overwritten meanwhile is left alone, with a warning.
-
-    Args:
-        replacements: Layer name -> (layer, replacement).
-    """
-
-    def __init__(self, replacements: dict[str, tuple[nn.Module, LayerReplacement]]) -> None:
-        for name, (layer, _) in replacements.items():
-            check_replaceable(name, layer)
-        self._replacements = replacements
-        self._installed = True
-        for layer, replacement in replacements.values():
-            slot = _slot(layer)
-            replacement.previous = slot.processor
-            slot.set_processor(replacement)
-
-    @property
-    def installed(self) -> bool:
-        """Whether the replacements are still in the model."""
-        return self._installed
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Names of the replaced layers."""
-        return tuple(self._replacements)
-
-    def remove(self) -> None:
-        """Give every layer back what it had; a second call does nothing."""
-        if not self._installed:
-            return
-        self._installed = False
-        lost = [
-            name
-            for name, (layer, replacement) in self._replacements.items()
-            if not _unlink(layer, replacement)
-        ]
-        if lost:
-            warnings.warn(
-                "the attention of these layers was replaced by someone else after this patch, and "
-                f"is left as it is: {', '.join(lost)}",
-                stacklevel=2,
-            )
-
-    def __enter__(self) -> PatchHandle:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.remove()
-
-    def __repr__(self) -> str:
-        state = "installed" if self._installed else "removed"
-        return f"{type(self).__name__}({len(self._replacements)} layers, {state})"
-
-
-def _unlink(layer: nn.Module, replacement: LayerReplacement) -> bool:
-    """Take a replacement out of the chain on its layer; False if it is not there any more."""
-    slot = _slot(layer)
-    if slot.processor is replacement:
-        slot.set_processor(replacement.previous)
-        return True
-    above = slot.processor
-    while above is not None:
-        below = getattr(above, "previous", None)
-        if below is replacement:
-            above.previous = replacement.previous
-            return True
-        above = below
-    return False

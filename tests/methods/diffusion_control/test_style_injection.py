@@ -683,7 +683,10 @@ def test_cross_attention_is_left_out_or_refused(plain_attention):
     with StyleInjector(model) as injector:
         assert injector.layers == ("own", "text")  # equal widths cannot be told apart
         model(x, 1, x)
-        with injector.capture("style"), pytest.raises(ValueError, match="'text' received context"):
+        with (
+            injector.capture("style"),
+            pytest.raises(ValueError, match="'text' received a context"),
+        ):
             model(x, 1, x)
     with StyleInjector(model, layers=["own"]) as injector, injector.capture("style"):
         model(x, 1, x)

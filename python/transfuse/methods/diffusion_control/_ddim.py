@@ -79,6 +79,31 @@ def _step(
     return DDIMStep(moved.to(sample.dtype), original.to(sample.dtype))
 
 
+def add_noise(sample: Tensor, noise: Tensor, alpha: float | Tensor) -> Tensor:
+    """The latent at a noise level: sqrt(alpha) sample + sqrt(1 - alpha) noise.
+
+    Args:
+        sample: Clean latent (B, ...).
+        noise: The same shape, or batch 1.
+        alpha: Cumulative alpha, a number or (B,).
+
+    Raises:
+        ValueError: Shapes that do not fit, or an alpha outside [0, 1].
+
+    Example:
+        >>> add_noise(torch.ones(1, 1), torch.zeros(1, 1), 0.25)
+        tensor([[0.5000]])
+    """
+    if noise.shape[1:] != sample.shape[1:] or noise.shape[0] not in (1, sample.shape[0]):
+        raise ValueError(
+            f"noise: expected the shape of sample {tuple(sample.shape)} or batch 1, "
+            f"got {tuple(noise.shape)}"
+        )
+    signal, scale = _coefficients("alpha", alpha, sample)
+    work = _work_dtype(sample)
+    return (signal * sample.to(work) + scale * noise.to(work)).to(sample.dtype)
+
+
 def _check_direction(alpha: float | Tensor, alpha_next: float | Tensor, *, noisier: bool) -> None:
     now, then = (torch.as_tensor(value, dtype=torch.float64) for value in (alpha, alpha_next))
     if now.device != then.device:

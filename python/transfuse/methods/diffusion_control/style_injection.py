@@ -43,10 +43,15 @@ from torch import Tensor, nn
 
 from transfuse._registry import register
 from transfuse.methods._attention_layers import (
-    PatchHandle,
     attention_scale,
+    masked_source,
     run_projected_attention,
-    select_self_attention,
+    select_attention,
+)
+from transfuse.methods._attention_patch import (
+    ModelPatch,
+    PatchHandle,
+    refuse_hidden,
 )
 from transfuse.methods.diffusion_control._ddim import (
     DDIMStep,
@@ -63,7 +68,7 @@ from transfuse.methods.diffusion_control._feature_store import (
     MemoryReport,
 )
 from transfuse.methods.diffusion_control._model_calls import RecordedCalls
-from transfuse.ops import KV, Blend, adain, attend
+from transfuse.ops import Blend, adain, attend
 
 __all__ = [
     "DDIMStep",
@@ -222,24 +227,23 @@ def inject(
     if query_content is not None:
         _check_features(query, "query_content", query_content, tokens=True)
         blend = Blend(query_content, gamma)
-    bias = None
     if key_style is not None and value_style is not None:
         if mask is not None:
             raise ValueError("mask: describes the own keys and cannot be used with style keys")
         _check_features(query, "key_style", key_style, tokens=False)
         _check_features(query, "value_style", value_style, tokens=False)
         key, value = key_style, value_style
-    elif mask is not None and mask.dtype != torch.bool:
-        bias, mask = mask, None
     if key is None or value is None:
         raise ValueError("key and value: needed when no style key and value are given")
     injected = query_content is not None or key_style is not None
-    source = KV(key, value, temperature=temperature if injected else 1.0, bias=bias, mask=mask)
+    source = masked_source(key, value, mask, temperature=temperature if injected else 1.0)
     return attend(query, source, blend=blend, scale=scale, backend=backend)
 
 
 class _InjectionLayer:
     """The replacement on one layer; asks its injector what to do."""
+
+    plain = False
 
     def __init__(self, injector: StyleInjector, name: str) -> None:
         self.name = name
@@ -265,6 +269,7 @@ class _InjectionLayer:
                 f"layer {self.name!r} received a context: it is cross-attention, and style "
                 "injection works on self-attention; leave it out of layers"
             )
+        refuse_hidden(self)
 
         def core(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
             return self._injector.run_layer(
@@ -285,7 +290,7 @@ class _InjectionLayer:
     kind="patch",
     ops=("attend", "adain"),
 )
-class StyleInjector:
+class StyleInjector(ModelPatch):
     """Captures and injects self-attention features of a denoising model.
 
     Constructing it patches the chosen layers; :meth:`remove`, or leaving ``with``, restores the
@@ -348,16 +353,11 @@ class StyleInjector:
         self._time_argument = next(
             ((name, parameters.index(name)) for name in _TIME_ARGUMENTS if name in parameters), None
         )
-        chosen = select_self_attention(model, layers, default_count=_DEFAULT_LAYER_COUNT)
+        chosen = select_attention(model, layers, default_count=_DEFAULT_LAYER_COUNT)
         self._handle = PatchHandle(
             {name: (layer, _InjectionLayer(self, name)) for name, layer in chosen.items()}
         )
-        self._hook = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Names of the patched layers, in the model's order."""
-        return self._handle.layers
+        self._hooks = (model.register_forward_pre_hook(self._before_forward, with_kwargs=True),)
 
     @property
     def mode(self) -> str | None:
@@ -521,22 +521,6 @@ class StyleInjector:
                 f"{list(labels['style'])}. Capture with the same labels and layers, name the "
                 "labels to inject (inject(steps=...)), or choose missing='plain'"
             )
-
-    @property
-    def installed(self) -> bool:
-        """Whether the model is still patched."""
-        return self._handle.installed
-
-    def remove(self) -> None:
-        """Restore the model; stored features stay. A second call does nothing."""
-        self._hook.remove()
-        self._handle.remove()
-
-    def __enter__(self) -> StyleInjector:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.remove()
 
     def __repr__(self) -> str:
         state = "installed" if self.installed else "removed"

@@ -1,0 +1,613 @@
+"""Enhancing Conditional Image Generation with Explainable Latent Space Manipulation ("Grad-SAM").
+
+Kshitij Pathania; 2024; arXiv 2408.16232; official code
+kshitij79/CS-7476-Improvements-in-DIffusion-Model.
+
+With A_l (H, N, L) the softmax weights of cross-attention layer l and e (C, H, W) the denoiser's
+output, the importance of an output element for subject s is
+
+    S_ls[c, i, j] = sum_{h, q} A_l[h, q, s] phi(d e[c, i, j] / d A_l[h, q, s]),
+
+phi = |.| (paper) or max(., 0) (code), A_l taken as an independent input of what follows the layer.
+Scores become masks (:func:`make_mask`), and at a few steps the latent keeps what a mask covers and
+takes the rest from a noised reference: z <- M z + (1 - M) (sqrt(a) z_ref + sqrt(1 - a) noise).
+
+How the Jacobian is had: out = A v is linear in A, so only the subjects' columns enter the
+graph, as a perturbation d (H, N, n) of weight zero that adds d v_s to the layer's output. The
+columns of A themselves are exp(logit - lse). No map and no gradient of one is formed.
+
+Deviations from the official code, all deliberate:
+
+- Every row of the Jacobian is an exact one-hot row. The released code feeds random normal rows to
+  the batched product, so that each score mixes eight neighbours with random signs.
+- Subjects are positions in the text encoder's tokens, sub-words summed (:func:`subject_tokens`);
+  the code counts words of the sentence.
+- phi is the paper's absolute value (``phi="relu"`` is the code's), masks follow the paper
+  (``rule="official"``: what the code's smoothing amounts to; ``rule="mean"``: an older one).
+- Elements outside a mask are overwritten by one ``where``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from transfuse import _checks
+from transfuse._registry import register
+from transfuse.methods._attention_columns import attention_columns
+from transfuse.methods._attention_layers import (
+    attention_scale,
+    head_count,
+    masked_source,
+    run_projected_attention,
+    select_attention,
+)
+from transfuse.methods._attention_patch import (
+    ModelPatch,
+    PatchHandle,
+)
+from transfuse.methods.diffusion_control._ddim import add_noise
+from transfuse.methods.diffusion_control._subjects import (
+    Subjects,
+    blend_latents,
+    make_mask,
+    subject_columns,
+    subject_tokens,
+)
+from transfuse.ops import attend_with_lse
+
+__all__ = [
+    "GradSAM",
+    "GradSAMOptions",
+    "Scores",
+    "add_noise",
+    "attention_columns",
+    "attention_jacobian_scores",
+    "blend_latents",
+    "column_scores",
+    "keep_subjects",
+    "make_mask",
+    "subject_tokens",
+]
+
+_PHI = ("abs", "relu")
+_MODES = ("exact", "fast")
+
+
+def _check_phi(phi: object) -> None:
+    if phi not in _PHI:
+        raise ValueError(f"phi: expected one of {', '.join(_PHI)}, got {phi!r}")
+
+
+def _rectify(gradient: Tensor, phi: str) -> Tensor:
+    return gradient.abs() if phi == "abs" else gradient.clamp_min(0)
+
+
+def column_scores(attention: Tensor, gradient: Tensor, *, phi: str = "abs") -> Tensor:
+    """sum_{h, q} A[h, q, c] phi(g[m, h, q, c]): scores of m output elements at given columns.
+
+    Args:
+        attention: (..., H, N, n) softmax weights at n columns.
+        gradient: (m, ..., H, N, n) gradients of m output elements.
+        phi: ``"abs"`` or ``"relu"``, inside the sum: signed sums cancel.
+
+    Returns:
+        (m, ..., n), float32 (float64 for float64).
+
+    Example:
+        >>> column_scores(torch.ones(1, 2, 1), torch.tensor([[[[1.0], [-3.0]]]]))
+        tensor([[4.]])
+    """
+    _check_phi(phi)
+    if gradient.shape[1:] != attention.shape:
+        raise ValueError(
+            f"gradient: expected (m, {', '.join(map(str, attention.shape))}), "
+            f"got {tuple(gradient.shape)}"
+        )
+    work = torch.float64 if attention.dtype == torch.float64 else torch.float32
+    rectified = _rectify(gradient.detach().to(work), phi)
+    return torch.einsum("...hqc,m...hqc->m...c", attention.detach().to(work), rectified)
+
+
+def _one_hot_chunks(count: int, chunk: int, like: Tensor) -> Iterator[Tensor]:
+    """The rows of the identity of size ``count``, ``chunk`` at a time."""
+    for start in range(0, count, chunk):
+        rows = like.new_zeros(min(chunk, count - start), count)
+        rows.diagonal(offset=start).fill_(1)
+        yield rows
+
+
+def attention_jacobian_scores(
+    fn: Callable[[Tensor], Tensor],
+    attention: Tensor,
+    subjects: Sequence[int | Sequence[int]],
+    *,
+    phi: str = "abs",
+    chunk: int = 32,
+    mode: str = "reverse",
+) -> Tensor:
+    """Scores of every element of ``fn(attention)`` for each subject, from exact Jacobian rows.
+
+    Args:
+        fn: Attention weights -> output of any shape, differentiable.
+        attention: (H, N, L) weights.
+        subjects: One token position, or the positions of a subject's sub-words, for each subject.
+        phi: ``"abs"`` or ``"relu"``.
+        chunk: Rows (or columns) of the Jacobian computed at once.
+        mode: ``"reverse"``: one product for each output element. ``"forward"``: one for each
+            weight of the subjects' columns; cheaper when those are fewer.
+
+    Returns:
+        (subjects, *output shape), float32 (float64 for float64), without graph.
+
+    Raises:
+        ValueError, TypeError: Arguments out of range.
+
+    Notes:
+        ``fn`` takes the whole map, so its backward forms ``chunk`` gradients of the map, of which
+        the subjects' columns are kept. :class:`GradSAM` knows that attention is linear in its map
+        and forms neither.
+
+    Example:
+        >>> a = torch.tensor([[[0.25, 0.75], [1.0, 0.0]]])
+        >>> attention_jacobian_scores(lambda a: a[0, :, 1] * torch.tensor([2.0, -4.0]), a, [1])
+        tensor([[1.5000, 0.0000]])
+    """
+    _checks.tensor("attention", attention, ("H", "N", "L"))
+    _checks.floating("attention", attention)
+    _checks.positive_int("chunk", chunk)
+    _check_phi(phi)
+    if mode not in ("reverse", "forward"):
+        raise ValueError(f"mode: expected reverse or forward, got {mode!r}")
+    chosen = subject_columns(subjects, attention.shape[2])
+    columns = chosen.columns.to(attention.device)
+    base = attention.detach()
+    weights = base.index_select(2, columns)
+
+    def perturbed(delta: Tensor) -> Tensor:
+        return fn(base.index_add(2, columns, delta))
+
+    if mode == "forward":
+        scores = _forward_scores(perturbed, weights, phi, chunk)
+    else:
+        delta = torch.zeros_like(weights[None], requires_grad=True)
+        with torch.enable_grad():
+            output = perturbed(delta[0])[None]
+            (scores,) = _reverse_scores(output, [weights[None]], [delta], phi, chunk)
+        scores = scores[0]
+    member = chosen.member.to(scores)
+    return torch.tensordot(member, scores, dims=([1], [0]))
+
+
+def _forward_scores(fn: Callable, weights: Tensor, phi: str, chunk: int) -> Tensor:
+    """(n, *output): one tangent for each weight, batched."""
+    zero = torch.zeros_like(weights)
+
+    def column(tangent: Tensor) -> Tensor:
+        return torch.func.jvp(fn, (zero,), (tangent.view_as(zero),))[1]
+
+    heads, rows, count = weights.shape
+    flat = weights.flatten()
+    # Weights of one column are heads * rows apart: bring the columns to the front.
+    order = torch.arange(flat.numel(), device=weights.device).view(heads, rows, count)
+    order = order.permute(2, 0, 1).flatten()
+    scores: Tensor | None = None
+    for start in range(0, order.numel(), chunk):
+        part = order[start : start + chunk]
+        tangents = flat.new_zeros(part.numel(), flat.numel())
+        tangents.scatter_(1, part[:, None], 1.0)
+        jacobian = torch.func.vmap(column)(tangents)
+        work = torch.float64 if jacobian.dtype == torch.float64 else torch.float32
+        if scores is None:
+            scores = torch.zeros(count, *jacobian.shape[1:], dtype=work, device=weights.device)
+        amount = flat[part].to(work).view(-1, *[1] * (jacobian.ndim - 1))
+        owner = torch.arange(start, start + part.numel(), device=weights.device) // (heads * rows)
+        scores.index_add_(0, owner, amount * _rectify(jacobian.detach().to(work), phi))
+    if scores is None:
+        raise ValueError(f"attention: expected no empty dimension, got {tuple(weights.shape)}")
+    return scores
+
+
+def _row_gradients(
+    flat: Tensor, deltas: list[Tensor], unit: Tensor, *, batched: bool
+) -> list[Tensor | None]:
+    """Gradients (m, *delta) of m output elements each; None where a delta has no part in them."""
+    rows = unit[:, None].expand(-1, flat.shape[0], -1)
+    options = {"retain_graph": True, "allow_unused": True}
+    if batched:
+        return list(
+            torch.autograd.grad(flat, deltas, grad_outputs=rows, is_grads_batched=True, **options)
+        )
+    single = [torch.autograd.grad(flat, deltas, grad_outputs=row, **options) for row in rows]
+    return [None if own[0] is None else torch.stack(own) for own in zip(*single, strict=True)]
+
+
+def _reverse_scores(
+    output: Tensor, weights: list[Tensor], deltas: list[Tensor], phi: str, chunk: int
+) -> list[Tensor]:
+    """For each layer (B, n, *element): one product for each output element, all samples together.
+
+    ``output`` is (B, *element); samples are independent, so a row of the Jacobian is taken of the
+    sum over samples and falls apart into theirs.
+    """
+    element = output.shape[1:]
+    count = math.prod(element)
+    rows: list[list[Tensor]] = [[] for _ in deltas]
+    flat = output.reshape(output.shape[0], count)
+    batched = True
+    for unit in _one_hot_chunks(count, chunk, flat):
+        try:
+            gradients = _row_gradients(flat, deltas, unit, batched=batched)
+        except RuntimeError as error:
+            # Compiled ops behind an early layer (attend among them) have no batched backward.
+            if not batched or "Batching rule" not in str(error):
+                raise
+            batched = False
+            gradients = _row_gradients(flat, deltas, unit, batched=False)
+        for own, amount, gradient in zip(rows, weights, gradients, strict=True):
+            if gradient is None:
+                gradient = amount.new_zeros(()).expand(unit.shape[0], *amount.shape)
+            own.append(column_scores(amount, gradient, phi=phi))
+    joined = [torch.cat(own) for own in rows]  # (m, B, n)
+    return [own.movedim(0, -1).unflatten(-1, element) for own in joined]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradSAMOptions:
+    """Options of :class:`GradSAM`.
+
+    Args:
+        phi: ``"abs"`` (paper) or ``"relu"`` (code).
+        mode: ``"exact"``: every row of the Jacobian. ``"fast"``: the gradient of the output's sum
+            alone, each query's importance read at its own place, the same for all channels; a
+            thousand times cheaper and another quantity.
+        chunk: Rows of the Jacobian computed at once; memory grows with it.
+
+    Raises:
+        ValueError, TypeError: A value outside its range.
+    """
+
+    phi: str = "abs"
+    mode: str = "exact"
+    chunk: int = 32
+
+    def __post_init__(self) -> None:
+        _check_phi(self.phi)
+        if self.mode not in _MODES:
+            raise ValueError(f"mode: expected one of {', '.join(_MODES)}, got {self.mode!r}")
+        _checks.positive_int("chunk", self.chunk)
+
+    def attach(self, model: nn.Module, *, layers: Sequence[int | str] | None = None) -> GradSAM:
+        """Patch a model with these options: ``GradSAM(model, options=self, ...)``."""
+        return GradSAM(model, layers=layers, options=self)
+
+
+class Scores(NamedTuple):
+    """Scores (B, layers, subjects, C, H, W) and the output (B, C, H, W) they are of; no graph."""
+
+    scores: Tensor
+    output: Tensor
+
+
+class _Record(NamedTuple):
+    weights: Tensor  # (B, H, N, n), no graph
+    delta: Tensor  # the same, zero, a leaf of the graph
+
+
+class _ColumnLayer:
+    """The replacement on one cross-attention layer: adds a perturbation of weight zero."""
+
+    plain = False
+
+    def __init__(self, owner: GradSAM, name: str) -> None:
+        self.name = name
+        self.previous: Any = None
+        self._owner = owner
+
+    @property
+    def idle(self) -> bool:
+        return not self._owner.scoring
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        arguments = (hidden_states, encoder_hidden_states, attention_mask, temb)
+        if self.idle:
+            return self.previous(attn, *arguments)
+        if encoder_hidden_states is None:
+            raise ValueError(
+                f"layer {self.name!r} received no context: scores are those of cross-attention"
+            )
+        # From here on there is something to differentiate; what came before costs no graph. The
+        # caller's mode comes back when score() ends.
+        torch.set_grad_enabled(True)
+        result = self.previous(attn, *arguments)
+        context, mask = encoder_hidden_states, attention_mask
+        below = self.previous
+        while hasattr(below, "previous"):  # references appended to the text have a softmax apart
+            if hasattr(below, "text_part") and not below.idle:
+                context, mask = below.text_part(context, mask)
+            below = below.previous
+
+        def core(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+            scale = attention_scale(attn)
+            columns = self._owner.columns(self.name, key.shape[2]).to(query.device)
+            with torch.no_grad():
+                lse = attend_with_lse(query, masked_source(key, value, mask), scale=scale).lse
+                weights = attention_columns(query, key, columns, lse, scale=scale, mask=mask)
+            delta = torch.zeros_like(weights, dtype=query.dtype, requires_grad=True)
+            self._owner.record(self.name, _Record(weights, delta))
+            chosen = value.detach().index_select(2, columns)
+            return delta @ chosen.repeat_interleave(head_count(attn) // value.shape[1], dim=1)
+
+        # Linear in the perturbation, which is zero: subtracting its own value leaves its derivative
+        # and adds nothing to the result.
+        shift = run_projected_attention(attn, core, hidden_states.detach(), context, mask, temb)
+        return result + (shift - shift.detach())
+
+
+@register(
+    title="Enhancing Conditional Image Generation with Explainable Latent Space Manipulation",
+    authors=("Kshitij Pathania",),
+    year=2024,
+    venue="arXiv",
+    arxiv="2408.16232",
+    repository="https://github.com/kshitij79/CS-7476-Improvements-in-DIffusion-Model",
+    kind="patch",
+    ops=("attend_with_lse",),
+)
+class GradSAM(ModelPatch):
+    """Scores which elements of a denoiser's output depend on which words of the prompt.
+
+    Constructing it patches the chosen layers; :meth:`remove`, or leaving ``with``, restores the
+    model exactly. Outside :meth:`score` the model runs as before.
+
+    Args:
+        model: A diffusers UNet, an LDM UNet, or any module whose attention layers expose to_q,
+            to_k, to_v, to_out and a head count.
+        layers: Cross-attention layers: names and decoder block numbers; None: the last one of the
+            decoder, as released.
+        options: See :class:`GradSAMOptions`.
+
+    Raises:
+        ValueError: No cross-attention, a layer that matches nothing, or a layer whose present
+            processor does more than plain attention.
+
+    Notes:
+        Install it after other patches: it runs what lies below it (references of EasyRef, say) and
+        adds the perturbation to that.
+
+    Example:
+        >>> class Layer(nn.Module):
+        ...     heads, is_cross_attention = 2, True
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(8, 8) for _ in "qkvo")
+        ...     def forward(self, x, context):
+        ...         split = lambda y: y.unflatten(-1, (2, 4)).transpose(1, 2)
+        ...         q, k, v = split(self.to_q(x)), split(self.to_k(context)), self.to_v(context)
+        ...         out = (q @ k.mT / 2).softmax(-1) @ split(v)
+        ...         return self.to_out(out.transpose(1, 2).flatten(2))
+        >>> layer, x, text = Layer(), torch.randn(1, 9, 8), torch.randn(1, 5, 8)
+        >>> with GradSAM(layer) as patch:
+        ...     call = lambda: layer(x, text).mT.unflatten(2, (3, 3))
+        ...     result = patch.score(call, [[1], [2, 3]])
+        >>> result.scores.shape, make_mask(result.scores).shape
+        (torch.Size([1, 1, 2, 8, 3, 3]), torch.Size([1, 8, 3, 3]))
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        layers: Sequence[int | str] | None = None,
+        options: GradSAMOptions | None = None,
+    ) -> None:
+        self.options = GradSAMOptions() if options is None else options
+        self._model = model
+        self._subjects: Subjects | None = None
+        self._raw_subjects: Sequence[int | Sequence[int]] = ()
+        self._records: dict[str, _Record] = {}
+        chosen = select_attention(model, layers, cross=True, default_count=1)
+        self._handle = PatchHandle(
+            {name: (layer, _ColumnLayer(self, name)) for name, layer in chosen.items()}
+        )
+        self._hooks = (model.register_forward_pre_hook(self._before_forward, with_kwargs=True),)
+
+    @property
+    def scoring(self) -> bool:
+        """Whether :meth:`score` is running."""
+        return self._subjects is not None
+
+    def score(self, call: Callable[[], Tensor], subjects: Sequence[int | Sequence[int]]) -> Scores:
+        """Runs the model once and scores its output.
+
+        Args:
+            call: Runs the patched model once, on the conditional half alone, and returns its
+                output (B, C, H, W).
+            subjects: Token positions (see :func:`subject_tokens`), the same for all samples.
+
+        Returns:
+            :class:`Scores`. Works where gradients are switched off around it.
+
+        Raises:
+            ValueError, TypeError: Subjects that do not fit, or an output of another shape.
+            RuntimeError: The patch has been removed, a layer did not run exactly once, or the call
+                gave no graph (it ran in inference mode by itself).
+        """
+        if not self._handle.installed:
+            raise RuntimeError("the patch has been removed from the model")
+        if self.scoring:
+            raise RuntimeError("score: already running")
+        self._raw_subjects, self._subjects = subjects, subject_columns(subjects)
+        self._records = {}
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                output = call()
+                with torch.enable_grad():
+                    return self._scores(output)
+        finally:
+            self._subjects, self._records = None, {}
+
+    def _scores(self, output: Tensor) -> Scores:
+        output = _checks.tensor("output of call", output, ("B", "C", "H", "W"))
+        missing = [name for name in self.layers if name not in self._records]
+        if missing:
+            raise RuntimeError(
+                f"layers {', '.join(missing)} were not reached: the call did not run the model, or "
+                "another patch lies over this one; install GradSAM last"
+            )
+        if not output.requires_grad:
+            raise RuntimeError(
+                "the output of call carries no graph: run it outside torch.inference_mode and "
+                "without detaching"
+            )
+        records = [self._records[name] for name in self.layers]
+        for record in records:
+            if record.delta.shape[0] != output.shape[0]:
+                raise RuntimeError(
+                    f"a layer ran on {record.delta.shape[0]} samples, the output has "
+                    f"{output.shape[0]}: score one half of a guided batch"
+                )
+        rule = self._fast if self.options.mode == "fast" else self._exact
+        scores = torch.stack(rule(output, records), dim=1)  # (B, layers, n, C, H, W)
+        member = self._subjects.member.to(scores)  # type: ignore[union-attr]
+        return Scores(torch.einsum("sn,blnchw->blschw", member, scores), output.detach())
+
+    def _exact(self, output: Tensor, records: list[_Record]) -> list[Tensor]:
+        weights, deltas = [r.weights for r in records], [r.delta for r in records]
+        return _reverse_scores(output, weights, deltas, self.options.phi, self.options.chunk)
+
+    def _fast(self, output: Tensor, records: list[_Record]) -> list[Tensor]:
+        gradients = torch.autograd.grad(output.sum(), [r.delta for r in records], allow_unused=True)
+        maps = []
+        for record, gradient in zip(records, gradients, strict=True):
+            amount = record.weights
+            gradient = torch.zeros_like(amount) if gradient is None else gradient.to(amount.dtype)
+            own = (amount * _rectify(gradient, self.options.phi)).sum(1).mT  # (B, n, N)
+            grid = _grid(own.shape[2], output.shape[2], output.shape[3])
+            own = nn.functional.interpolate(own.unflatten(2, grid), size=output.shape[2:])
+            maps.append(own[:, :, None].expand(-1, -1, output.shape[1], -1, -1))
+        return maps
+
+    def columns(self, name: str, tokens: int) -> Tensor:
+        """Columns asked for, checked against a layer's number of context tokens."""
+        try:
+            return subject_columns(self._raw_subjects, tokens).columns
+        except ValueError as error:
+            raise ValueError(f"layer {name!r}: {error}") from error
+
+    def record(self, name: str, record: _Record) -> None:
+        """What a layer leaves behind while scoring."""
+        if name in self._records:
+            raise RuntimeError(f"layer {name!r} ran twice: score one call of the model at a time")
+        self._records[name] = record
+
+    def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict):
+        """Inference tensors cannot be part of a graph: take copies while scoring."""
+        if not self.scoring:
+            return None
+
+        def usable(value):
+            inference = isinstance(value, Tensor) and value.is_inference()
+            return value.clone() if inference else value
+
+        args = tuple(usable(value) for value in args)
+        return args, {name: usable(value) for name, value in kwargs.items()}
+
+    def __repr__(self) -> str:
+        state = "installed" if self.installed else "removed"
+        return (
+            f"GradSAM({type(self._model).__name__}, {len(self.layers)} layers, {state}, "
+            f"phi={self.options.phi!r}, mode={self.options.mode!r})"
+        )
+
+
+def _grid(tokens: int, height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of a layer's tokens, from the output's aspect ratio."""
+    rows = round(math.sqrt(tokens * height / width))
+    if rows < 1 or tokens % rows or rows * width != (tokens // rows) * height:
+        raise ValueError(
+            f"layers: {tokens} tokens do not form a grid of the ratio {height} x {width} of the "
+            "output, which mode 'fast' reads places from"
+        )
+    return rows, tokens // rows
+
+
+@torch.no_grad()
+def keep_subjects(
+    patch: GradSAM,
+    predict: Callable[[Tensor, int], Tensor],
+    step: Callable[[Tensor, int, Tensor], Tensor],
+    latent: Tensor,
+    reference: Tensor,
+    *,
+    subjects: Sequence[int | Sequence[int]],
+    labels: Sequence[int],
+    alphas_cumprod: Tensor,
+    noise: Tensor,
+    at: Collection[int] = (5, 18, 28),
+    predict_unconditional: Callable[[Tensor, int], Tensor] | None = None,
+    guidance: float = 8.0,
+    rule: str = "paper",
+) -> Tensor:
+    """The whole method: sampling in which masked-out elements are taken from a reference.
+
+    At a step of ``at`` the scores are those of the step before it, on that step's input; the
+    overwrite follows that step's update, at the noise level of the step to come.
+
+    Args:
+        patch: Patch on the model that ``predict`` calls.
+        predict: (latent, label) -> noise under the prompt, by one call of the model.
+        step: (noise, label, latent) -> the sampler's next latent.
+        latent: (B, C, H, W) start, pure noise as released.
+        reference: (1 or B, C, H, W) clean latent of the reference image.
+        subjects: Token positions of the subjects.
+        labels: Time labels in the order visited (50 steps at strength 0.9 visit 45).
+        alphas_cumprod: (num_train_steps,).
+        noise: The shape of ``reference``, one draw for all steps.
+        at: Numbers of the visited steps (from 0) whose input is overwritten. Those past the last
+            step have no effect; 0, which no step precedes, is refused.
+        predict_unconditional: The same without prompt; None: no guidance.
+        guidance: Scale s of e_u + s (e_c - e_u).
+        rule: Of :func:`make_mask`.
+
+    Returns:
+        (B, C, H, W) latent after the last step.
+
+    Raises:
+        ValueError: A step number below 1, labels outside the schedule, shapes that do not fit.
+    """
+    if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in at):
+        raise ValueError(f"at: expected numbers of steps from 1, got {sorted(at)}")
+    guidance = _checks.number("guidance", guidance)
+    alphas = alphas_cumprod.tolist()
+    if any(not 0 <= label < len(alphas) for label in labels):
+        raise ValueError(f"labels: expected labels in [0, {len(alphas)}), got {list(labels)}")
+    for number, label in enumerate(labels):
+        following = number + 1
+        manipulate = following in at and following < len(labels)
+        mask = None
+        if manipulate:
+            result = patch.score(lambda z=latent, t=label: predict(z, t), subjects)  # type: ignore[misc]
+            mask, output = make_mask(result.scores, rule=rule), result.output
+        else:
+            output = predict(latent, label)
+        if predict_unconditional is not None:
+            free = predict_unconditional(latent, label)
+            output = free + guidance * (output - free)
+        latent = step(output, label, latent)
+        if mask is not None:
+            background = add_noise(reference, noise, alphas[labels[following]])
+            latent = blend_latents(latent, background.to(latent.dtype), mask)
+    return latent
