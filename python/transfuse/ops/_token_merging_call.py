@@ -25,7 +25,7 @@ def check_nearest(
     _checks.same_dtype("reference", reference, "x", x)
     _checks.same_device("reference", reference, "x", x)
     batch = x.shape[0]
-    if reference.shape[0] not in (batch, 1):
+    if reference.shape[0] != batch and reference.shape[0] != 1:
         raise ValueError(
             f"reference: expected batch {batch} (that of x) or 1, got {reference.shape[0]} "
             f"(shape {tuple(reference.shape)})"
@@ -70,7 +70,8 @@ def check_merge(
             raise ValueError(f"weight: expected None with mode {mode!r}, got a weight")
         weight = _checks.tensor("weight", weight, ("B", "N"))
         _checks.auxiliary("weight", weight, "x", x)
-        if weight.shape[0] not in (x.shape[0], 1) or weight.shape[1] != x.shape[1]:
+        fits = weight.shape[0] == x.shape[0] or weight.shape[0] == 1
+        if not fits or weight.shape[1] != x.shape[1]:
             raise ValueError(
                 f"weight: expected shape ({x.shape[0]} or 1, {x.shape[1]}), "
                 f"got {tuple(weight.shape)}"
@@ -95,13 +96,15 @@ def _check_plan(x: Tensor, plan: object, name: str = "x") -> MergePlan:
         fits = isinstance(part, Tensor) and part.dim() == 2 and part.dtype == torch.int64
         if fits and field == "order":
             fits = part.shape[1] == tokens
-        if not fits or part.shape[1] < (field == "start") or part.shape[0] != plan.rows.shape[0]:
+        if fits and field == "start":
+            fits = part.shape[1] > 0
+        if not fits or part.shape[0] != plan.rows.shape[0]:
             raise ValueError(
                 f"plan: expected an int64 matrix {field} as match_tokens makes it, "
                 f"got {_checks.describe(part)}"
             )
     batch = plan.rows.shape[0]
-    if batch not in (x.shape[0], 1):
+    if batch != x.shape[0] and batch != 1:
         raise ValueError(f"plan: expected batch {x.shape[0]} (that of {name}) or 1, got {batch}")
     _checks.same_device("plan", plan.rows, name, x)
     return plan

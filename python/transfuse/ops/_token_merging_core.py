@@ -14,7 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from transfuse._autograd import Differentiable, Tensors, function
+from transfuse._autograd import (
+    Differentiable,
+    Tensors,
+    function,
+    refuse_forward_over_forward,
+)
 from transfuse.ops._merge_plan import segments_of
 from transfuse.ops._token_merging_reference import accumulate, unit
 
@@ -76,12 +81,18 @@ def match(static: Static, tensors: Tensors) -> tuple[Tensor, ...]:
 
 def segments(static: Static, tensors: Tensors) -> tuple[Tensor, ...]:
     """Merged tokens of (x, scale, rows, order, start)."""
-    return (kernels(static.backend).segments(*tensors, static.weighting),)
+    return (kernels(static.backend).segments(*_readable(tensors), static.weighting),)
 
 
 def gather(static: Static, tensors: Tensors) -> tuple[Tensor, ...]:
     """Unmerged tokens of (y, scale, rows, order, start)."""
-    return (kernels(static.backend).gather(*tensors, static.weighting),)
+    return (kernels(static.backend).gather(*_readable(tensors), static.weighting),)
+
+
+def _readable(tensors: Tensors) -> Tensors:
+    """The scale as kernels read it: one number after the other."""
+    x, scale, *plan = tensors
+    return (x, None if scale is None else scale.contiguous(), *plan)
 
 
 def amax(static: Static, tensors: Tensors) -> tuple[Tensor, ...]:
@@ -126,6 +137,8 @@ def rules(table: Callable[[], Calls]) -> dict[str, tuple[Callable, Callable]]:
 
         def jvp(static, tensors, outputs, tangents):
             x, scale, *plan = tensors
+            if tangents[0] is not None and tangents[1] is not None:
+                refuse_forward_over_forward(f"merge_{own}")
             parts = []
             if tangents[0] is not None:
                 parts += getattr(table(), own)(static, (tangents[0], scale, *plan))
@@ -168,6 +181,7 @@ def rules(table: Callable[[], Calls]) -> dict[str, tuple[Callable, Callable]]:
         return [(g[..., None] * by_x).to(x.dtype) if needs[0] else None, to_reference, None]
 
     def nearest_jvp(static, tensors, outputs, tangents):
+        refuse_forward_over_forward("nearest_tokens")
         x, reference, _ = tensors
         similarity, index = outputs
         plan = place(index, reference.shape[1])
@@ -184,7 +198,7 @@ def rules(table: Callable[[], Calls]) -> dict[str, tuple[Callable, Callable]]:
     def strength(static: Static, similarity: Tensor, index: Tensor) -> Tensor:
         """alpha where a token is pushed, else 0."""
         moved = (similarity > static.threshold) & (index >= 0)
-        return torch.where(moved, static.alpha, 0.0).to(similarity.dtype)
+        return static.alpha * moved.to(similarity.dtype)
 
     def push_vjp(static, tensors, outputs, grads, needs):
         x, reference, similarity, index = tensors
@@ -203,6 +217,7 @@ def rules(table: Callable[[], Calls]) -> dict[str, tuple[Callable, Callable]]:
         return [to_x, to_reference, None, None]
 
     def push_jvp(static, tensors, outputs, tangents):
+        refuse_forward_over_forward("push_tokens")
         x, reference, similarity, index = tensors
         alpha = strength(static, similarity, index)[..., None]
         total = torch.zeros_like(x, dtype=alpha.dtype)
@@ -222,6 +237,7 @@ def rules(table: Callable[[], Calls]) -> dict[str, tuple[Callable, Callable]]:
         return [zeros.scatter(1, outputs[1], grads[0]), None, None, None]
 
     def amax_jvp(static, tensors, outputs, tangents):
+        refuse_forward_over_forward("merge_amax")
         return [tangents[0].gather(1, outputs[1]), None]
 
     return {

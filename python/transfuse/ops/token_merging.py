@@ -371,7 +371,6 @@ def _linear(
         return composed.segments_composed(x, scale, *plan, weighting)
     static = Static(chosen, weighting=weighting)
     if not _eager_derivative(x, scale):
-        scale = None if scale is None else scale.contiguous()
         return getattr(core, op)(static, (x, scale, *plan))[0]
     wide = (t.expand(x.shape[0], -1) for t in plan)
     return getattr(core.functions, op)(static, (x, scale, *wide))[0]

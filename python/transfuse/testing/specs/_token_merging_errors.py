@@ -21,7 +21,8 @@ def _maker(defaults: dict[str, object], count: int) -> Callable[..., BadCase]:
 
         def call(op: Callable[..., object]) -> object:
             given = dict(arguments)
-            return op(*(given.pop(key) for key in list(defaults)[:count]), **given)
+            first = [given.pop(key) for key in list(defaults)[:count]]
+            return op(*first, **given)
 
         return BadCase(name, call, error, match)
 
