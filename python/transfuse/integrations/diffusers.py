@@ -6,6 +6,7 @@ One line puts a method on a model, ``remove()`` or leaving ``with`` takes it off
 
     handle = patch(pipe, AttendProcessor())             # every attention through transfuse.attend
     injector = patch(pipe.unet, StyleInjectionOptions(gamma=0.3))       # style injection
+    handle = patch(pipe, TokenMerging(ratio=0.5))       # self-attention on half of the tokens
 
 Covers models whose layers are diffusers' ``Attention`` (UNets, VAEs, 2-D transformers). Layers with
 added key projections, joint text and image attention, or adapter processors are refused by name:
@@ -21,6 +22,8 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from transfuse._registry import near_matches
+from transfuse.integrations._diffusers_merging import TokenMerging
+from transfuse.integrations._hooks import HookHandle
 from transfuse.methods._attention_layers import (
     LayerReplacement,
     PatchHandle,
@@ -30,7 +33,14 @@ from transfuse.methods._attention_layers import (
 )
 from transfuse.ops import KV, attend
 
-__all__ = ["AttendProcessor", "AttentionMethod", "PatchHandle", "patch"]
+__all__ = [
+    "AttendProcessor",
+    "AttentionMethod",
+    "HookHandle",
+    "PatchHandle",
+    "TokenMerging",
+    "patch",
+]
 
 
 class AttentionMethod(Protocol):
@@ -149,7 +159,8 @@ def patch(
 
     Args:
         model: A model, or a pipeline, whose ``unet`` is then meant.
-        method: :class:`AttendProcessor`, ``StyleInjectionOptions``, or anything with ``attach``.
+        method: :class:`AttendProcessor`, :class:`TokenMerging`, ``StyleInjectionOptions``, or
+            anything with ``attach``.
         layers: Which attention layers; None is the method's default. See the method.
 
     Returns:
