@@ -11,6 +11,7 @@ namespace {
 
 constexpr int64_t kTaskBytes = 1 << 16;  // of output, per task
 constexpr int64_t kSerial = 32768;       // elements below which waking other threads does not pay
+constexpr int64_t kStreaming = 8 << 20;  // bytes of output above which it bypasses the cache
 
 // Runs body(batch, first, last) over `items` of each batch entry, with `row` elements of work per item.
 template <class F>
@@ -150,12 +151,27 @@ void add_row(const View& x, int64_t b, int64_t token, int64_t n, A factor, bool 
   }
 }
 
+// Copies bytes, past the cache if asked to (finish_streaming afterwards).
+void copy_bytes(const char* from, int64_t bytes, bool stream, char* to) {
+  if (!stream) {
+    std::memcpy(to, from, (size_t)bytes);
+    return;
+  }
+  int64_t i = (int64_t)(-(uintptr_t)to % kVectorBytes);
+  if (i > bytes) i = bytes;
+  std::memcpy(to, from, (size_t)i);
+  for (; i + 4 * kVectorBytes <= bytes; i += 4 * kVectorBytes)
+    for (int k = 0; k < 4; ++k) store_past_cache(to + i + k * kVectorBytes, load<VecF>(from + i + k * kVectorBytes));
+  for (; i + kVectorBytes <= bytes; i += kVectorBytes) store_past_cache(to + i, load<VecF>(from + i));
+  std::memcpy(to + i, from + i, (size_t)(bytes - i));
+}
+
 // A row as it is: the bytes of x where they lie together.
-void copy_row(const View& x, int64_t b, int64_t token, int64_t n, char* out) {
+void copy_row(const View& x, int64_t b, int64_t token, int64_t n, bool stream, char* out) {
   const int64_t size = item_size(x.dtype), stride = x.stride[2];
   const char* from = static_cast<const char*>(x.ptr) + (b * x.stride[0] + token * x.stride[1]) * size;
   if (stride == 1) {
-    std::memcpy(out, from, (size_t)(n * size));
+    copy_bytes(from, n * size, stream, out);
     return;
   }
   for (int64_t i = 0; i < n; ++i) std::memcpy(out + i * size, from + i * stride * size, (size_t)size);
@@ -165,6 +181,7 @@ template <class A>
 bool segments_with(const MergeArgs& a, const Parallel& parallel) {
   const PlanView& p = a.plan;
   const int64_t item = item_size(a.dtype);
+  const bool stream = p.batch * p.rows * a.depth * item >= kStreaming;
   std::atomic<bool> good{true};
   for_each_run(parallel, p.batch, p.rows, a.depth, item, [&](int64_t b, int64_t first, int64_t last) {
     A* sum = static_cast<A*>(thread_scratch((size_t)(2 * a.depth) * sizeof(A)));
@@ -184,7 +201,7 @@ bool segments_with(const MergeArgs& a, const Parallel& parallel) {
         continue;
       }
       if (end - from == 1 && scale == nullptr) {
-        copy_row(a.in, b, order[from], a.depth, out);
+        copy_row(a.in, b, order[from], a.depth, stream, out);
         continue;
       }
       for (int64_t k = from; k < end; ++k)
@@ -195,6 +212,7 @@ bool segments_with(const MergeArgs& a, const Parallel& parallel) {
       }
       store_row(out, a.dtype, 0, 1, a.depth, sum);
     }
+    if (stream) finish_streaming();
   });
   return good;
 }
@@ -245,6 +263,7 @@ template <class A>
 bool gather_with(const MergeArgs& a, const Parallel& parallel) {
   const PlanView& p = a.plan;
   const int64_t item = item_size(a.dtype);
+  const bool stream = p.batch * p.tokens * a.depth * item >= kStreaming;
   std::atomic<bool> good{true};
   for_each_run(parallel, p.batch, p.tokens, a.depth, item, [&](int64_t b, int64_t begin, int64_t last) {
     A* row = static_cast<A*>(thread_scratch((size_t)(2 * a.depth) * sizeof(A)));
@@ -267,12 +286,13 @@ bool gather_with(const MergeArgs& a, const Parallel& parallel) {
       if (!inside || !wanted) {
         std::memset(out, 0, (size_t)(a.depth * item));
       } else if (factor == A(1)) {
-        copy_row(a.in, b, r, a.depth, out);
+        copy_row(a.in, b, r, a.depth, stream, out);
       } else {
         add_row(a.in, b, r, a.depth, factor, true, buffer, row);
         store_row(out, a.dtype, 0, 1, a.depth, row);
       }
     }
+    if (stream) finish_streaming();
   });
   return good;
 }
@@ -291,7 +311,7 @@ bool push_with(const PushArgs& a, const Parallel& parallel) {
       const bool moves = static_cast<const A*>(a.similarity)[at] > threshold;
       if (moves && (index < 0 || index >= a.references)) good = false;
       if (!moves || index < 0 || index >= a.references) {
-        copy_row(a.x, b, i, a.depth, out);
+        copy_row(a.x, b, i, a.depth, false, out);
         continue;
       }
       const View& x = a.x;

@@ -15,7 +15,7 @@ namespace TRANSFUSE_ISA {
 
 constexpr int64_t kNearestColumns = 96;  // whole panels of three vectors at every width
 constexpr int64_t kNearestTile = 32;     // rows of one call of the matrix kernel
-constexpr int64_t kNearestRows = 256;    // rows of a task
+constexpr int64_t kNearestRows = 384;    // rows of a task
 constexpr int64_t kNearestDepth = 384;   // units of a slice
 
 // 1 / |row|, 0 for a row that counts as zero. NaN gives 0 too: 0 * NaN is NaN, so the row stays visible.
