@@ -231,7 +231,7 @@ def test_chosen_layers_and_refusals():
         patch(model, TokenMerging(), layers=["up_block"])
     with pytest.raises(TypeError, match="layers must be a sequence of names"):
         patch(model, TokenMerging(), layers="up_blocks")
-    with pytest.raises(TypeError, match="expected names of transformer blocks, got 3"):
+    with pytest.raises(TypeError, match="expected names of a transformer block, got 3"):
         patch(model, TokenMerging(), layers=[3])
     plain = UNet2DModel(
         sample_size=8,

@@ -10,8 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transfuse._registry import near_matches
-from transfuse.integrations._hooks import HookHandle, first_argument, with_first_argument
+from transfuse.methods._hooks import (
+    HookHandle,
+    choose_names,
+    first_argument,
+    with_first_argument,
+)
 from transfuse.ops import MergePlan, match_tokens, merge_tokens, unmerge_tokens
 from transfuse.ops._token_merging_call import random_of_cells
 
@@ -108,30 +112,12 @@ class TokenMerging:
         found = {n: m for n, m in model.named_modules() if isinstance(m, BasicTransformerBlock)}
         if not found:
             raise ValueError(f"{type(model).__name__} has no BasicTransformerBlock")
-        chosen = _choose(found, layers)
+        chosen = choose_names(found, layers, "transformer block")
         call = _ModelCall(self, torch.Generator().manual_seed(self.seed))
         parts: list[Any] = [model.register_forward_pre_hook(call.begin, with_kwargs=True)]
         for name in chosen:
             parts += _Block(name, call).hook(found[name])
         return HookHandle(tuple(chosen), parts)
-
-
-def _choose(found: dict[str, nn.Module], layers: Sequence[int | str] | None) -> list[str]:
-    if layers is None:
-        return list(found)
-    if isinstance(layers, str):
-        raise TypeError(f"layers must be a sequence of names, got the string {layers!r}")
-    chosen: set[str] = set()
-    for entry in layers:
-        if not isinstance(entry, str):
-            raise TypeError(f"layers: expected names of transformer blocks, got {entry!r}")
-        matches = {name for name in found if name == entry or name.startswith(entry + ".")}
-        if not matches:
-            raise ValueError(
-                f"layers: no transformer block matches {entry!r}; {near_matches(entry, found)}"
-            )
-        chosen |= matches
-    return [name for name in found if name in chosen]
 
 
 @dataclass

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from transfuse._registry import near_matches
 from transfuse.integrations._diffusers_merging import TokenMerging
-from transfuse.integrations._hooks import HookHandle
 from transfuse.methods._attention_layers import (
     LayerReplacement,
     PatchHandle,
@@ -31,6 +30,7 @@ from transfuse.methods._attention_layers import (
     find_attention,
     run_projected_attention,
 )
+from transfuse.methods._hooks import HookHandle
 from transfuse.ops import KV, attend
 
 __all__ = [
@@ -158,7 +158,7 @@ def patch(
     """Put a method on a diffusers model or pipeline.
 
     Args:
-        model: A model, or a pipeline, whose ``unet`` is then meant.
+        model: A model, or a pipeline, whose ``unet`` or ``transformer`` is then meant.
         method: :class:`AttendProcessor`, :class:`TokenMerging`, ``StyleInjectionOptions``, or
             anything with ``attach``.
         layers: Which attention layers; None is the method's default. See the method.
@@ -178,7 +178,7 @@ def patch(
         mode passes the call on to the one below. They may be removed in any order.
     """
     _require_diffusers()
-    target = getattr(model, "unet", model)
+    target = getattr(model, "unet", getattr(model, "transformer", model))
     if not isinstance(target, nn.Module) or not hasattr(target, "attn_processors"):
         raise TypeError(
             "model: expected a diffusers model with attention processors, or a pipeline with such "

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transfuse.integrations._hooks import HookHandle
+from transfuse.methods._hooks import HookHandle
 from transfuse.ops import KV, attend, match_tokens, merge_tokens
 
 __all__ = ["HookHandle", "TokenMerging", "patch"]

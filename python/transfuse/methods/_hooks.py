@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
+
+from transfuse._registry import near_matches
 
 
 class HookHandle:
@@ -56,3 +59,31 @@ def with_first_argument(
     if args:
         return (value, *args[1:]), kwargs
     return args, {**kwargs, name: value}
+
+
+def choose_names(found: Iterable[str], layers: Sequence[int | str] | None, kind: str) -> list[str]:
+    """The names that are asked for, in the order of ``found``.
+
+    Args:
+        found: All names there are.
+        layers: Names of them, or of modules whose parts are all meant; None: all.
+        kind: What the names stand for, in messages.
+
+    Raises:
+        ValueError: A name that matches none.
+        TypeError: One string, or an entry that is no name.
+    """
+    found = list(found)
+    if layers is None:
+        return found
+    if isinstance(layers, str):
+        raise TypeError(f"layers must be a sequence of names, got the string {layers!r}")
+    chosen: set[str] = set()
+    for entry in layers:
+        if not isinstance(entry, str):
+            raise TypeError(f"layers: expected names of a {kind}, got {entry!r}")
+        matches = {name for name in found if name == entry or name.startswith(entry + ".")}
+        if not matches:
+            raise ValueError(f"layers: no {kind} matches {entry!r}; {near_matches(entry, found)}")
+        chosen |= matches
+    return [name for name in found if name in chosen]
