@@ -165,10 +165,10 @@ def _merging(op: str, dtype: torch.dtype, option: int = 0) -> list[Launch]:
     if op == "push":
         return [plan_push(x, other, near, index, 0.9, 0.65, x)]
     plan = (index, index, _meta(2, 601, dtype=torch.int64))
-    merged, scale = _meta(2, 600, 320, dtype=dtype), near if option == 0 else None
+    merged, scale = _meta(2, 600, 320, dtype=dtype), near if option in (0, 3) else None
     if op == "gather":
         return [plan_gather(merged, scale, *plan, option, x)]
-    winner = _meta(2, 600, 320, dtype=torch.int64) if option == 3 else None
+    winner = _meta(2, 600, 320, dtype=torch.int64) if option == 4 else None
     return [plan_segments(x, scale, *plan[1:], option, merged, winner)]
 
 
@@ -206,7 +206,8 @@ def cases() -> list[Case]:
         Case("nearest fp32", lambda: _merging("nearest", single), hot=True),
         Case("segments sum fp32", lambda: _merging("segments", single), hot=True),
         Case("segments mean bf16", lambda: _merging("segments", brain, 1), hot=True),
-        Case("segments amax fp16", lambda: _merging("segments", half, 3)),
+        Case("segments average fp32", lambda: _merging("segments", single, 3)),
+        Case("segments amax fp16", lambda: _merging("segments", half, 4)),
         Case("gather bf16", lambda: _merging("gather", brain), hot=True),
         Case("gather first fp32", lambda: _merging("gather", single, 2)),
         Case("push bf16", lambda: _merging("push", brain), hot=True),

@@ -112,7 +112,8 @@ def _segments_kernel(
     tokens, rows, depth, x_b, x_n, x_c, scale_b, order_b, start_b,
     WEIGHTING: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One row of the result: sum (0), mean (1), first (2) or largest (3) of its tokens."""
+    """One row of the result: sum (0), mean (1), first (2), average with
+    the scale as weights (3) or largest (4) of its tokens."""
     batch = tl.program_id(2).to(tl.int64)
     row = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -123,6 +124,7 @@ def _segments_kernel(
         end = tl.minimum(end, begin + 1)
     total = tl.zeros([BLOCK_N], tl.float32)
     holder = tl.zeros([BLOCK_N], tl.int64)
+    weight = 0.0
     for k in range(begin, end):
         token = tl.load(order + batch * order_b + k)
         # An entry that is no token is left out: nothing outside may be read.
@@ -130,8 +132,10 @@ def _segments_kernel(
         at = x + batch * x_b + token * x_n + channel.to(tl.int64) * x_c
         value = tl.load(at, mask=live & inside, other=0.0).to(tl.float32)
         if scale is not None:
-            value = value * tl.load(scale + batch * scale_b + token, mask=inside, other=0.0)
-        if WEIGHTING == 3:
+            factor = tl.load(scale + batch * scale_b + token, mask=inside, other=0.0)
+            value = value * factor
+            weight += factor
+        if WEIGHTING == 4:
             nan, had = value != value, total != total
             same = (value == total) | (nan & had)
             wins = (value > total) | (nan & (had == 0)) | (same & (token < holder)) | (k == begin)
@@ -141,6 +145,8 @@ def _segments_kernel(
             total += value
     if WEIGHTING == 1:
         total = total / tl.maximum(end - begin, 1).to(tl.float32)
+    if WEIGHTING == 3:
+        total = tl.where(weight == 0.0, 0.0, total / tl.where(weight == 0.0, 1.0, weight))
     at = (batch * rows + row) * depth + channel
     tl.store(out + at, total.to(out.dtype.element_ty), mask=live)
     if winner is not None:
@@ -312,7 +318,7 @@ def plan_segments(
     out: torch.Tensor,
     winner: torch.Tensor | None,
 ) -> Launch:
-    """The launch that merges; ``weighting`` 3 is the maximum."""
+    """The launch that merges; ``weighting`` 4 is the maximum."""
     batch, tokens, depth = x.shape
     block = _channels(depth, 512)
     arguments = {
@@ -428,7 +434,7 @@ def merge_segments(
     start: torch.Tensor,
     weighting: int,
 ) -> torch.Tensor:
-    """Sum (0), mean (1) or first token (2) of each row of a plan."""
+    """Sum (0), mean (1), first token (2) or weighted average (3) of each row of a plan."""
     _check(x)
     out = x.new_empty((x.shape[0], start.shape[1] - 1, x.shape[2]))
     run([plan_segments(x, scale, order, start, weighting, out, None)], x.device)
@@ -442,7 +448,7 @@ def merge_amax(
     _check(x)
     out = x.new_empty((x.shape[0], start.shape[1] - 1, x.shape[2]))
     winner = x.new_empty(out.shape if winners else (0,), dtype=torch.int64)
-    run([plan_segments(x, None, order, start, 3, out, winner if winners else None)], x.device)
+    run([plan_segments(x, None, order, start, 4, out, winner if winners else None)], x.device)
     return out, winner
 
 

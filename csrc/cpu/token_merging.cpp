@@ -200,14 +200,20 @@ bool segments_with(const MergeArgs& a, const Parallel& parallel) {
         std::memset(out, 0, (size_t)(a.depth * item));
         continue;
       }
-      if (end - from == 1 && scale == nullptr) {
+      const bool whole = scale == nullptr || (a.weighting == Weighting::average && scale[order[from]] != A(0));
+      if (end - from == 1 && whole) {
         copy_row(a.in, b, order[from], a.depth, stream, out);
         continue;
       }
-      for (int64_t k = from; k < end; ++k)
-        add_row(a.in, b, order[k], a.depth, scale == nullptr ? A(1) : scale[order[k]], k == from, buffer, sum);
-      if (a.weighting == Weighting::mean) {
-        const A share = A(1) / (A)(end - from);
+      A total = A(0);
+      for (int64_t k = from; k < end; ++k) {
+        const A factor = scale == nullptr ? A(1) : scale[order[k]];
+        total += factor;
+        add_row(a.in, b, order[k], a.depth, factor, k == from, buffer, sum);
+      }
+      if (a.weighting == Weighting::mean || a.weighting == Weighting::average) {
+        if (a.weighting == Weighting::mean) total = (A)(end - from);
+        const A share = total == A(0) ? A(0) : A(1) / total;
         for (int64_t i = 0; i < a.depth; ++i) sum[i] *= share;
       }
       store_row(out, a.dtype, 0, 1, a.depth, sum);

@@ -55,8 +55,8 @@ void set_scale(const OptionalTensor& scale, const Tensor& x, const PlanView& pla
   args->scale_stride = scale->stride(0);
 }
 
-Weighting weighting_of(int64_t code) {
-  STD_TORCH_CHECK(0 <= code && code <= 2, "weighting must be 0 (sum), 1 (mean) or 2 (first), got ", code);
+Weighting weighting_of(int64_t code, int64_t most) {
+  STD_TORCH_CHECK(0 <= code && code <= most, "weighting must be in [0, ", most, "], got ", code);
   return (Weighting)code;
 }
 
@@ -151,7 +151,7 @@ Tensor segments(const Tensor& x, const OptionalTensor& scale, const Tensor& rows
   a.depth = x.size(2);
   a.plan = plan_view(rows, order, start, x.size(0));
   STD_TORCH_CHECK(x.size(1) == a.plan.tokens, "x must have the plan's ", a.plan.tokens, " tokens, got ", x.size(1));
-  a.weighting = weighting_of(weighting);
+  a.weighting = weighting_of(weighting, 3);
   set_scale(scale, x, a.plan, &a);
   Tensor out = new_empty(x, {a.plan.batch, a.plan.rows, a.depth}, x.scalar_type());
   a.out = out.mutable_data_ptr();
@@ -167,7 +167,7 @@ Tensor gather(const Tensor& y, const OptionalTensor& scale, const Tensor& rows, 
   a.depth = y.size(2);
   a.plan = plan_view(rows, order, start, y.size(0));
   STD_TORCH_CHECK(y.size(1) == a.plan.rows, "y must have the plan's ", a.plan.rows, " rows, got ", y.size(1));
-  a.weighting = weighting_of(weighting);
+  a.weighting = weighting_of(weighting, 2);
   set_scale(scale, y, a.plan, &a);
   Tensor out = new_empty(y, {a.plan.batch, a.plan.tokens, a.depth}, y.scalar_type());
   a.out = out.mutable_data_ptr();

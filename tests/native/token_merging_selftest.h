@@ -145,6 +145,28 @@ inline void check_merging(const TokenSizes& s, uint64_t seed, const Parallel& pa
   a.in = x.view();
   Array scale(statistics_of(s.dtype), {s.batch, s.tokens, 1});
   scale.randomize(random);
+  {
+    const std::string label = what + " average";
+    Array weight(statistics_of(s.dtype), {s.batch, s.tokens, 1}), out(s.dtype, {s.batch, rows, s.depth});
+    Array total(DType::f64, {s.batch, rows, 1}), want(DType::f64, {s.batch, rows, s.depth});
+    total.fill(0);
+    want.fill(0);
+    weight.each([&](int64_t b, int64_t t, int64_t, int64_t) {
+      weight.set(b, t, 0, 0, 1.5 + random.uniform());
+      total.add(b, row[(size_t)(b * s.tokens + t)], 0, 0, weight.get(b, t, 0));
+    });
+    x.each([&](int64_t b, int64_t t, int64_t c, int64_t) {
+      const int64_t r = row[(size_t)(b * s.tokens + t)];
+      want.add(b, r, c, 0, weight.get(b, t, 0) * x.get(b, t, c) / total.get(b, r, 0));
+    });
+    a.weighting = Weighting::average;
+    a.scale = weight.data();
+    a.scale_stride = s.tokens;
+    a.out = out.data();
+    check(token_merging_kernels().segments(a, parallel), label + ": accepts the plan");
+    check_close(out, want, 2.0 + (double)s.tokens * (statistics_of(s.dtype) == s.dtype ? 1.0 : 0.0), epsilon(s.dtype),
+                label);
+  }
   for (const Weighting weighting : {Weighting::sum, Weighting::mean, Weighting::first}) {
     for (const bool scaled : {false, true}) {
       if (scaled && weighting != Weighting::sum) continue;

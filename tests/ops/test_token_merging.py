@@ -331,7 +331,18 @@ def test_weights_of_zero(backend):
     plan = match_tokens(x, 4, backend=backend)
     y = merge_tokens(x, plan, weight=torch.zeros(1, 8), backend=backend)
     assert y.eq(0).all()
+    assert merge_tokens(x.detach(), plan, weight=torch.zeros(1, 8), backend=backend).eq(0).all()
     assert torch.autograd.grad(y.sum(), x)[0].eq(0).all()
+
+
+def test_weighted_means_agree_with_and_without_gradients(backend):
+    x, weight = torch.randn(2, 30, 7), torch.rand(2, 30) + 0.1
+    plan = match_tokens(x, 14, backend=backend)
+    plain = merge_tokens(x, plan, weight=weight, backend=backend)
+    watched = merge_tokens(x.requires_grad_(), plan, weight=weight, backend=backend)
+    torch.testing.assert_close(plain, watched)
+    alone = plan.sizes == 1
+    assert torch.equal(plain[alone], x.gather(1, plan.survivors[..., None].expand_as(plain))[alone])
 
 
 def test_amax_gives_its_gradient_to_the_lowest_token(backend):
@@ -502,7 +513,8 @@ def test_raw_ops_refuse_what_would_read_out_of_bounds(cpu):
         (ops.match_tokens, (x, None, [1, 3, 5], 1), r"merged must be in \[0, 0\], got 1"),
         (ops.merge_segments, (x[:, :5], None, *plan, 0), "x must have the plan's 6 tokens"),
         (ops.merge_segments, (x, x[..., 0].double(), *plan, 0), "scale must be"),
-        (ops.merge_segments, (x, None, *plan, 3), "weighting must be"),
+        (ops.merge_segments, (x, None, *plan, 4), "weighting must be"),
+        (ops.merge_gather, (x[:, :4], None, *plan, 3), "weighting must be"),
         (ops.merge_gather, (x, None, *plan, 0), "y must have the plan's 4 rows"),
         (ops.push_tokens, (x, x, x[..., 0], plan.rows[:, :5], 1.0, 0.5), "index must have shape"),
     ):

@@ -42,7 +42,8 @@ struct MatchArgs {
 };
 
 // What a row is of the tokens of its segment, apart from a scale per token: their sum, their mean, or the first alone.
-enum class Weighting : int { sum = 0, mean = 1, first = 2 };
+// `average` (segments only, and without a transpose): their mean with the scale as weights, 0 if these sum to 0.
+enum class Weighting : int { sum = 0, mean = 1, first = 2, average = 3 };
 
 struct PlanView {
   int64_t batch = 0, tokens = 0, rows = 0;

@@ -24,6 +24,8 @@ from transfuse.ops._merge_plan import segments_of
 from transfuse.ops._token_merging_reference import accumulate, unit
 
 SUM = 0
+# Mean with the scale as weights, in one pass; without a derivative of its own.
+AVERAGE = 3
 
 
 class Static(NamedTuple):
@@ -124,6 +126,8 @@ def rules(table: Callable[[], Calls]) -> dict[str, tuple[Callable, Callable]]:
         def vjp(static, tensors, outputs, grads, needs):
             x, scale, *plan = tensors
             g = grads[0]
+            if static.weighting == AVERAGE:
+                raise NotImplementedError("merge_segments: weighting 3 has no derivative")
             if g is None:
                 return [None] * 5
             found = [None] * 5

@@ -261,6 +261,9 @@ def merge_tokens(
     if weight is None:
         return _linear("segments", x, None, plan, code, chosen)
     weight = weight.to(composed.accumulate(x.dtype)).expand(x.shape[0], -1)
+    plain = not (torch.compiler.is_compiling() or needs_derivative((x, weight)))
+    if code == call.MODES["mean"] and plain and chosen != "composed":
+        return _linear("segments", x, weight, plan, core.AVERAGE, chosen)
     if code == call.MODES["mean"]:
         # Shares of the total, so that only one sum over the tokens is left to do.
         total = _linear("segments", weight[..., None], None, plan, core.SUM, chosen)
