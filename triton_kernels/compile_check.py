@@ -30,6 +30,7 @@ from .adain import plan_content, plan_style
 from .attention_backward import Tangents, plan_gradients
 from .attention_forward import plan_forward, plan_fused
 from .attention_jvp import plan_jvp
+from .token_merging import plan_gather, plan_nearest, plan_push, plan_segments
 from .window_attention import plan_forward as plan_windows
 
 # Shared memory one block may use, in bytes.
@@ -163,6 +164,24 @@ def _windows(dtype: torch.dtype, width: int, slots: int, biased: bool) -> list[L
     return plan_windows(tensor, tensor, tensor, bias, *codes, table, width**-0.5)[1]
 
 
+def _merging(op: str, dtype: torch.dtype, option: int = 0) -> list[Launch]:
+    """One op on 2 x 1024 tokens of 320 channels, 600 rows or references, with every option."""
+    x, other = _meta(2, 1024, 320, dtype=dtype), _meta(1, 600, 320, dtype=dtype)
+    near, index = (_meta(2, 1024, dtype=t) for t in (torch.float32, torch.int64))
+    if op == "nearest":
+        mask = _meta(1, 600, dtype=torch.bool) if option else None
+        inverses = (near, _meta(1, 600, dtype=torch.float32))
+        return plan_nearest(x, other, mask, bool(option), inverses, near, index)
+    if op == "push":
+        return [plan_push(x, other, near, index, 0.9, 0.65, x)]
+    plan = (index, index, _meta(2, 601, dtype=torch.int64))
+    merged, scale = _meta(2, 600, 320, dtype=dtype), near if option in (0, 3) else None
+    if op == "gather":
+        return [plan_gather(merged, scale, *plan, option, x)]
+    winner = _meta(2, 600, 320, dtype=torch.int64) if option == 4 else None
+    return [plan_segments(x, scale, *plan[1:], option, merged, winner)]
+
+
 def cases() -> list[Case]:
     """The compact set that is compiled."""
     single, half, brain = torch.float32, torch.float16, torch.bfloat16
@@ -195,6 +214,16 @@ def cases() -> list[Case]:
         Case("adain forward bf16 c. last", lambda: _adain(0, brain, torch.channels_last), hot=True),
         Case("adain backward bf16", lambda: _adain(1, brain, torch.contiguous_format)),
         Case("adain jvp fp16 c. last", lambda: _adain(2, half, torch.channels_last)),
+        Case("nearest bf16", lambda: _merging("nearest", brain), hot=True),
+        Case("nearest fp16 mask", lambda: _merging("nearest", half, 1)),
+        Case("nearest fp32", lambda: _merging("nearest", single), hot=True),
+        Case("segments sum fp32", lambda: _merging("segments", single), hot=True),
+        Case("segments mean bf16", lambda: _merging("segments", brain, 1), hot=True),
+        Case("segments average fp32", lambda: _merging("segments", single, 3)),
+        Case("segments amax fp16", lambda: _merging("segments", half, 4)),
+        Case("gather bf16", lambda: _merging("gather", brain), hot=True),
+        Case("gather first fp32", lambda: _merging("gather", single, 2)),
+        Case("push bf16", lambda: _merging("push", brain), hot=True),
     ]
 
 

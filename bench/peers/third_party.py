@@ -6,6 +6,7 @@ import torch
 
 from ..cases import Expression, Unavailable
 from . import Peer
+from .torch_peers import as_written
 
 
 def needs_cuda(expression: Expression, device: torch.device, mode: str) -> Expression:
@@ -31,5 +32,5 @@ PEERS = (
     Peer(name="jvp-flash-attention", kind="jvp-flash-attention", title="jvp-flash-attention",
          package="jvp_flash_attention", prepare=no_adapter),
     Peer(name="tomesd", kind="tomesd", title="tomesd token merging", package="tomesd",
-         prepare=no_adapter),
+         prepare=as_written),
 )  # fmt: skip

@@ -338,24 +338,6 @@ void slab_moments(const Group& g, const Slab& s, int64_t begin, int64_t end, Ada
 
 // ---- writing ---------------------------------------------------------------------------------------------------
 
-// A vector store past the cache where there is one; `p` is aligned to the vector.
-template <class V, class T>
-TRANSFUSE_INLINE void store_past_cache(T* p, V v) {
-#if defined(__AVX512F__)
-  _mm512_stream_si512((__m512i*)p, (__m512i)v);
-#elif defined(__AVX2__)
-  _mm256_stream_si256((__m256i*)p, (__m256i)v);
-#else
-  store(p, v);
-#endif
-}
-
-TRANSFUSE_INLINE void finish_streaming() {
-#if defined(__AVX2__)
-  _mm_sfence();
-#endif
-}
-
 // What writing needs of one plane: result = sum_k factor_k (t_k - centre_k) + offset, in the arithmetic type.
 template <class T, int N>
 struct Line {

@@ -4,8 +4,8 @@
 #include <cstdlib>
 #include <new>
 
+#include "panels.h"
 #include "transfuse/attention.h"
-#include "transfuse/gemm_tile.h"
 
 namespace transfuse {
 namespace TRANSFUSE_ISA {
@@ -15,23 +15,6 @@ constexpr int kBlockKeys = 96;  // keys of one tile: whole vectors, panels of th
 constexpr int kMaskBlockKeys = 64;
 constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
-
-template <class A>
-constexpr A negative_infinity() {
-  return -__builtin_inf();
-}
-
-// Hands out 64-byte aligned pieces of one allocation. Run once with base == nullptr to learn the size.
-struct Carver {
-  char* base;
-  size_t used = 0;
-  template <class T>
-  T* take(int64_t count) {
-    T* p = reinterpret_cast<T*>(base + used);
-    used += (size_t)round_up(count * (int64_t)sizeof(T), 64);
-    return p;
-  }
-};
 
 // A plain heap array: std::vector would share its instantiation between ISA levels.
 template <class T>
@@ -148,58 +131,11 @@ static void load_tokens(const View& x, Tokens tokens, int64_t b, int64_t h, int6
   if (rows > count) std::memset(dst + count * ld, 0, (rows - count) * ld * sizeof(A));
 }
 
-#if defined(__AVX2__)
-// An 8 x 8 block of 32-bit units: pairs, then quads, then halves change places.
-template <class Unit>
-TRANSFUSE_INLINE void transpose_8x8(const Unit* src, int64_t src_ld, Unit* dst, int64_t ld) {
-  __m256 r[8], t[8];
-  for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(reinterpret_cast<const float*>(src + i * src_ld));
-  for (int i = 0; i < 8; i += 2) {
-    t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
-    t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 8; i += 4) {
-    for (int half = 0; half < 2; ++half) {
-      r[i + 2 * half] = _mm256_shuffle_ps(t[i + half], t[i + half + 2], 0x44);
-      r[i + 2 * half + 1] = _mm256_shuffle_ps(t[i + half], t[i + half + 2], 0xee);
-    }
-  }
-  for (int i = 0; i < 4; ++i) {
-    _mm256_storeu_ps(reinterpret_cast<float*>(dst + i * ld), _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
-    _mm256_storeu_ps(reinterpret_cast<float*>(dst + (i + 4) * ld), _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
-  }
-}
-#endif
-
 // Asks for the cache lines of a row ahead of its use.
 TRANSFUSE_INLINE void prefetch_row(const View& x, int64_t b, int64_t h, int64_t token, int64_t n) {
   const int64_t size = item_size(x.dtype);
   const char* row = (const char*)x.ptr + (b * x.stride[0] + h * x.stride[1] + token * x.stride[2]) * size;
   for (int64_t at = 0; at < n * size; at += 64) __builtin_prefetch(row + at, 0, 2);
-}
-
-// Packs rows src[j][0..n), j < count, as columns of panels (see gemm_panels); columns up to `padded` are zero.
-template <class P>
-static void transpose_panels(const typename P::Unit* src, int64_t src_ld, int64_t count, int64_t padded, int64_t n,
-                             typename P::Unit* dst) {
-  using Unit = typename P::Unit;
-  constexpr int64_t W = Simd<typename P::Acc>::W, width = kPanelVecs * W, kStep = W < 8 ? W : 8;
-  for (int64_t j = 0; j < padded; j += kStep) {
-    Unit* panel = dst + j / width * width * n + j % width;
-    const Unit* s = src + j * src_ld;
-    if (j + kStep <= count) {
-      int64_t d = 0;
-#if defined(__AVX2__)
-      if constexpr (sizeof(Unit) == 4 && kStep == 8)
-        for (; d + 8 <= n; d += 8) transpose_8x8(s + d, src_ld, panel + d * width, width);
-#endif
-      for (; d < n; ++d)
-        for (int64_t i = 0; i < kStep; ++i) panel[d * width + i] = s[i * src_ld + d];
-    } else {
-      for (int64_t d = 0; d < n; ++d)
-        for (int64_t i = 0; i < kStep; ++i) panel[d * width + i] = j + i < count ? s[i * src_ld + d] : Unit(0);
-    }
-  }
 }
 
 // Last key (exclusive) that query row i may see under the source's causal rule.

@@ -6,6 +6,7 @@
 #include "transfuse/adain.h"
 #include "transfuse/attention.h"
 #include "transfuse/peak.h"
+#include "transfuse/token_merging.h"
 
 namespace transfuse {
 
@@ -86,5 +87,6 @@ Isa isa_in_use() {
 TRANSFUSE_KERNEL_TABLE(AdainKernels, kAdain, adain_kernels)
 TRANSFUSE_KERNEL_TABLE(AttentionKernels, kAttention, attention_kernels)
 TRANSFUSE_KERNEL_TABLE(PeakKernels, kPeak, peak_kernels)
+TRANSFUSE_KERNEL_TABLE(TokenMergingKernels, kTokenMerging, token_merging_kernels)
 
 }  // namespace transfuse

@@ -120,6 +120,22 @@ def needs_derivative(tensors: Tensors) -> bool:
     )
 
 
+def refuse_forward_over_forward(name: str) -> None:
+    """For jvp rules that use torch operations beside calls of Functions.
+
+    Inside a jvp rule torch does not carry the tangents of an outer forward-mode level through its
+    own operations, which would then be zero without an error.
+
+    Raises:
+        NotImplementedError: more than one forward-mode level is active.
+    """
+    stack = torch._C._functorch.get_interpreter_stack()
+    if stack is not None:
+        forward = torch._C._functorch.TransformType.Jvp
+        if sum(interpreter.key() == forward for interpreter in stack) > 1:
+            raise NotImplementedError(_unsupported(name, "forward"))
+
+
 def dense(tangent: Tensor | None, like: Tensor) -> Tensor:
     """A tangent or gradient as a real tensor: zeros where autograd passed None."""
     return torch.zeros_like(like) if tangent is None else tangent

@@ -8,6 +8,7 @@
 
 #include "attention_selftest.h"
 #include "check.h"
+#include "token_merging_selftest.h"
 #include "transfuse/isa.h"
 
 namespace {
@@ -29,6 +30,7 @@ int run(int argc, char** argv) {
   }
   std::printf("transfuse_selftest at %s\n", transfuse::isa_name(transfuse::isa_in_use()));
   selftest::attention_selftest(cases);
+  selftest::token_merging_selftest(cases);
   const selftest::Tally& t = selftest::tally();
   std::printf("%ld passed, %ld failed\n", t.passed, t.failed);
   return t.failed == 0 && t.passed > 0 ? 0 : 1;

@@ -68,6 +68,24 @@ template <class V, class T>
 TRANSFUSE_INLINE void store(T* p, V v) {
   std::memcpy(p, &v, sizeof(V));
 }
+// A vector store past the cache where there is one; `p` is aligned to the vector.
+template <class V, class T>
+TRANSFUSE_INLINE void store_past_cache(T* p, V v) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512((__m512i*)p, (__m512i)v);
+#elif defined(__AVX2__)
+  _mm256_stream_si256((__m256i*)p, (__m256i)v);
+#else
+  store(p, v);
+#endif
+}
+
+TRANSFUSE_INLINE void finish_streaming() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 template <class T>
 TRANSFUSE_INLINE typename Simd<T>::V splat(T x) {
   return x - typename Simd<T>::V{};

@@ -6,6 +6,7 @@ One line puts a method on a model, ``remove()`` or leaving ``with`` takes it off
 
     handle = patch(pipe, AttendProcessor())             # every attention through transfuse.attend
     injector = patch(pipe.unet, StyleInjectionOptions(gamma=0.3))       # style injection
+    handle = patch(pipe, TokenMerging(ratio=0.5))       # self-attention on half of the tokens
 
 Covers models whose layers are diffusers' ``Attention`` (UNets, VAEs, 2-D transformers). Layers with
 added key projections, joint text and image attention, or adapter processors are refused by name:
@@ -21,6 +22,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from transfuse._registry import near_matches
+from transfuse.integrations._diffusers_merging import TokenMerging
 from transfuse.methods._attention_layers import (
     attention_scale,
     find_attention,
@@ -32,9 +34,17 @@ from transfuse.methods._attention_patch import (
     LayerReplacement,
     PatchHandle,
 )
+from transfuse.methods._hooks import HookHandle
 from transfuse.ops import attend
 
-__all__ = ["AttendProcessor", "AttentionMethod", "PatchHandle", "patch"]
+__all__ = [
+    "AttendProcessor",
+    "AttentionMethod",
+    "HookHandle",
+    "PatchHandle",
+    "TokenMerging",
+    "patch",
+]
 
 
 class AttentionMethod(Protocol):
@@ -148,8 +158,9 @@ def patch(
     """Put a method on a diffusers model or pipeline.
 
     Args:
-        model: A model, or a pipeline, whose ``unet`` is then meant.
-        method: :class:`AttendProcessor`, ``StyleInjectionOptions``, or anything with ``attach``.
+        model: A model, or a pipeline, whose ``unet`` or ``transformer`` is then meant.
+        method: :class:`AttendProcessor`, :class:`TokenMerging`, ``StyleInjectionOptions``, or
+            anything with ``attach``.
         layers: Which attention layers; None is the method's default. See the method.
 
     Returns:
@@ -167,7 +178,7 @@ def patch(
         mode passes the call on to the one below. They may be removed in any order.
     """
     _require_diffusers()
-    target = getattr(model, "unet", model)
+    target = getattr(model, "unet", getattr(model, "transformer", model))
     if not isinstance(target, nn.Module) or not hasattr(target, "attn_processors"):
         raise TypeError(
             "model: expected a diffusers model with attention processors, or a pipeline with such "

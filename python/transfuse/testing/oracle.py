@@ -190,6 +190,8 @@ def second_gradients(
         fn(own), inputs, cotangents, create_graph=True, materialize_grads=True
     )
     pairs = [(g, d) for g, d in zip(first, direction, strict=True) if g.requires_grad]
+    if not pairs:  # the call is linear
+        return tuple(torch.zeros_like(t) for t in inputs)
     return torch.autograd.grad(
         [g for g, _ in pairs], inputs, [d for _, d in pairs], materialize_grads=True
     )

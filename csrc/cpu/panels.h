@@ -1,0 +1,74 @@
+// Packing for the matrix micro-kernels of gemm_tile.h: rows transposed into panels, and the memory of a task.
+#pragma once
+
+#include "transfuse/gemm_tile.h"
+
+namespace transfuse {
+namespace TRANSFUSE_ISA {
+
+template <class A>
+constexpr A negative_infinity() {
+  return -__builtin_inf();
+}
+
+// Hands out 64-byte aligned pieces of one allocation. Run once with base == nullptr to learn the size.
+struct Carver {
+  char* base;
+  size_t used = 0;
+  template <class T>
+  T* take(int64_t count) {
+    T* p = reinterpret_cast<T*>(base + used);
+    used += (size_t)round_up(count * (int64_t)sizeof(T), 64);
+    return p;
+  }
+};
+
+#if defined(__AVX2__)
+// An 8 x 8 block of 32-bit units: pairs, then quads, then halves change places.
+template <class Unit>
+TRANSFUSE_INLINE void transpose_8x8(const Unit* src, int64_t src_ld, Unit* dst, int64_t ld) {
+  __m256 r[8], t[8];
+  for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(reinterpret_cast<const float*>(src + i * src_ld));
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    for (int half = 0; half < 2; ++half) {
+      r[i + 2 * half] = _mm256_shuffle_ps(t[i + half], t[i + half + 2], 0x44);
+      r[i + 2 * half + 1] = _mm256_shuffle_ps(t[i + half], t[i + half + 2], 0xee);
+    }
+  }
+  for (int i = 0; i < 4; ++i) {
+    _mm256_storeu_ps(reinterpret_cast<float*>(dst + i * ld), _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+    _mm256_storeu_ps(reinterpret_cast<float*>(dst + (i + 4) * ld), _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+  }
+}
+#endif
+
+// Packs rows src[j][0..n), j < count, as columns of panels (see gemm_panels); columns up to `padded` are zero.
+template <class P>
+static void transpose_panels(const typename P::Unit* src, int64_t src_ld, int64_t count, int64_t padded, int64_t n,
+                             typename P::Unit* dst) {
+  using Unit = typename P::Unit;
+  constexpr int64_t W = Simd<typename P::Acc>::W, width = kPanelVecs * W, kStep = W < 8 ? W : 8;
+  for (int64_t j = 0; j < padded; j += kStep) {
+    Unit* panel = dst + j / width * width * n + j % width;
+    const Unit* s = src + j * src_ld;
+    if (j + kStep <= count) {
+      int64_t d = 0;
+#if defined(__AVX2__)
+      if constexpr (sizeof(Unit) == 4 && kStep == 8)
+        for (; d + 8 <= n; d += 8) transpose_8x8(s + d, src_ld, panel + d * width, width);
+#endif
+      for (; d < n; ++d)
+        for (int64_t i = 0; i < kStep; ++i) panel[d * width + i] = s[i * src_ld + d];
+    } else {
+      for (int64_t d = 0; d < n; ++d)
+        for (int64_t i = 0; i < kStep; ++i) panel[d * width + i] = j + i < count ? s[i * src_ld + d] : Unit(0);
+    }
+  }
+}
+
+}  // namespace TRANSFUSE_ISA
+}  // namespace transfuse
