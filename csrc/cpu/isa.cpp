@@ -5,6 +5,7 @@
 
 #include "transfuse/adain.h"
 #include "transfuse/attention.h"
+#include "transfuse/mix.h"
 #include "transfuse/peak.h"
 
 namespace transfuse {
@@ -85,6 +86,7 @@ Isa isa_in_use() {
 
 TRANSFUSE_KERNEL_TABLE(AdainKernels, kAdain, adain_kernels)
 TRANSFUSE_KERNEL_TABLE(AttentionKernels, kAttention, attention_kernels)
+TRANSFUSE_KERNEL_TABLE(MixKernels, kMix, mix_kernels)
 TRANSFUSE_KERNEL_TABLE(PeakKernels, kPeak, peak_kernels)
 
 }  // namespace transfuse

@@ -9,13 +9,37 @@ from transfuse.ops.attention import (
     attend_with_lse,
     merge_attention,
 )
+from transfuse.ops.cfg_step import (
+    DDIM,
+    DDPM,
+    CFGCosines,
+    CFGOriginal,
+    Euler,
+    Predict,
+    cfg_step,
+    cfg_step_with_cosine,
+    cfg_step_with_original,
+)
+from transfuse.ops.noise_mix import NoisyVelocity, noise_mix, noise_mix_with_velocity
 
 __all__ = [
+    "DDIM",
+    "DDPM",
     "KV",
     "AttendResult",
     "Blend",
+    "CFGCosines",
+    "CFGOriginal",
+    "Euler",
+    "NoisyVelocity",
+    "Predict",
     "adain",
     "attend",
     "attend_with_lse",
+    "cfg_step",
+    "cfg_step_with_cosine",
+    "cfg_step_with_original",
     "merge_attention",
+    "noise_mix",
+    "noise_mix_with_velocity",
 ]
