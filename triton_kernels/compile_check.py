@@ -30,6 +30,7 @@ from .adain import plan_content, plan_style
 from .attention_backward import Tangents, plan_gradients
 from .attention_forward import plan_forward, plan_fused
 from .attention_jvp import plan_jvp
+from .mix import BLOCK, plan_mix
 
 # Shared memory one block may use, in bytes.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
@@ -153,6 +154,16 @@ def _adain(direction: int, dtype: torch.dtype, layout: torch.memory_format) -> l
     return launches
 
 
+def _mix(dtype: torch.dtype, outputs: int, products: bool, own: bool) -> list[Launch]:
+    """Three predictions of a latent; ``own``: coefficients of each sample."""
+    inputs = [_meta(2, 4, 128, 128, dtype=dtype) for _ in range(3)]
+    rows = _meta(2, outputs, 4, dtype=torch.float64) if own else None
+    pairs = [0, 0, 0, 1, 1, 1, 0, 3, 1, 3] if products else []
+    partials = _meta(2, triton.cdiv(4 * 128 * 128, BLOCK), len(pairs) // 2, dtype=torch.float64)
+    numbers = [] if own else [0.5] * (4 * outputs)
+    return plan_mix(inputs, rows, numbers, inputs[:outputs], partials, pairs)
+
+
 def cases() -> list[Case]:
     """The compact set that is compiled."""
     single, half, brain = torch.float32, torch.float16, torch.bfloat16
@@ -182,6 +193,11 @@ def cases() -> list[Case]:
         Case("adain forward bf16 c. last", lambda: _adain(0, brain, torch.channels_last), hot=True),
         Case("adain backward bf16", lambda: _adain(1, brain, torch.contiguous_format)),
         Case("adain jvp fp16 c. last", lambda: _adain(2, half, torch.channels_last)),
+        Case("mix fp32 step", lambda: _mix(single, 1, False, False), hot=True),
+        Case("mix bf16 step per sample", lambda: _mix(brain, 1, False, True), hot=True),
+        Case("mix fp16 step and original", lambda: _mix(half, 2, False, False), hot=True),
+        Case("mix bf16 step and products", lambda: _mix(brain, 1, True, True), hot=True),
+        Case("mix fp32 products", lambda: _mix(single, 0, True, False), hot=True),
     ]
 
 
@@ -226,7 +242,8 @@ def check(name: str, position: int, arch: int) -> Result:
 def check_launch(case: Case, position: int, arch: int) -> Result:
     """Compile launch ``position`` of ``case`` for ``arch`` and judge it."""
     launch = case.plan()[position]
-    tile = f"{launch.arguments['BLOCK_M']}x{launch.arguments['BLOCK_N']}"
+    blocks = (launch.arguments.get(name) for name in ("BLOCK_M", "BLOCK_N"))
+    tile = "x".join(str(block) for block in blocks if block is not None)
     identity = (case.name, launch.kernel.__name__, arch, tile, launch.options["num_warps"])
     start = time.perf_counter()
     try:

@@ -110,6 +110,11 @@ def _times(number: Number, x: Tensor) -> Tensor:
     return number * x
 
 
+def _flat(x: Tensor) -> Tensor:
+    """As (B, n)."""
+    return x.flatten(1) if x.dim() > 1 else x.unsqueeze(1)
+
+
 def _guided(call: Call) -> Tensor:
     cond = _wide(call.cond)
     if call.uncond is None:
@@ -125,7 +130,8 @@ def _ratio(cond: Tensor, guided: Tensor) -> Tensor:
     """Deviation of the conditional prediction over that of the guided one; 1 where it is 0."""
     spreads = []
     for x in (cond, guided):
-        centred = x.flatten(1) - x.flatten(1).mean(1, keepdim=True)
+        x = _flat(x)
+        centred = x - x.mean(1, keepdim=True)
         spreads.append(centred.square().sum(1))
     varied = (spreads[0] > 0.0) & (spreads[1] > 0.0)
     ratio = torch.where(varied, spreads[0], 1.0) / torch.where(varied, spreads[1], 1.0)
@@ -156,7 +162,7 @@ def composed_cosine(call: Call, space: str) -> Tensor:
         sample = _times(call.move.p, _wide(call.sample))
         cond = sample + _times(call.move.q, cond)
         uncond = sample + _times(call.move.q, uncond)
-    cond, uncond = cond.flatten(1), uncond.flatten(1)
+    cond, uncond = _flat(cond), _flat(uncond)
     return cosine((cond * cond).sum(1), (cond * uncond).sum(1), (uncond * uncond).sum(1))
 
 

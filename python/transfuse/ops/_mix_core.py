@@ -12,11 +12,13 @@ float64 from numbers or from small tensors of shape (B,).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from transfuse._autograd import Differentiable, Tensors, function, needs_derivative
 
@@ -140,25 +142,33 @@ def rules(table: Callable[[], Callable]) -> tuple[Callable, Callable]:
                 numbers += [0.0] * count + [row[k] for k in moving] + [0.0]
             numbers = tuple(numbers)
         else:
-            rest = torch.zeros_like(coefficients) if coefficients_t is None else coefficients_t
-            rows = torch.cat(
-                [rest[..., :count], coefficients[..., moving], rest[..., count:]], dim=-1
-            )
+            with _outer_levels(coefficients) as own:
+                rest = torch.zeros_like(own) if coefficients_t is None else coefficients_t
+                rows = torch.cat([rest[..., :count], own[..., moving], rest[..., count:]], dim=-1)
         results = table()(
             Static(count + len(moving), static.outputs, present, numbers, static.backend),
             (*inputs, *(moves[k] for k in moving), rows),
         )
-        columns = iter(results[-1].unbind(1))
-        sums = [
-            sum(next(columns) for pair in pairs[at : at + 2] if None not in pair)
-            for at in range(0, len(pairs), 2)
-        ]
-        still = outputs[-1].new_zeros(outputs[-1].shape[:1])
-        sums = [still if isinstance(entry, int) else entry for entry in sums]
-        products = torch.stack(sums, dim=1) if sums else torch.zeros_like(outputs[-1])
+        with _outer_levels(results[-1]) as found:
+            columns = iter(found.unbind(1))
+            sums = [
+                sum(next(columns) for pair in pairs[at : at + 2] if None not in pair)
+                for at in range(0, len(pairs), 2)
+            ]
+            still = found.new_zeros(found.shape[:1])
+            sums = [still if isinstance(entry, int) else entry for entry in sums]
+            products = torch.stack(sums, dim=1) if sums else found
         return (*results[:-1], products)
 
     return vjp, jvp
+
+
+@contextmanager
+def _outer_levels(tensor: Tensor) -> Iterator[Tensor]:
+    """Inside a jvp rule torch follows no tangent through plain operations, not even those of outer
+    transforms. Here it does, on the tensor without its tangent of this level."""
+    with forward_ad._set_fwd_grad_enabled(True):
+        yield forward_ad.unpack_dual(tensor).primal
 
 
 def _still(k: int, moving: Sequence[int], count: int) -> int:

@@ -34,6 +34,7 @@ def _setup(ctx, inputs, output) -> None:
         tuple(numbers) if coefficients is None else None,
         "cpu",  # the kernel of a raw op is chosen by the device, not by the name of a backend
     )
+    ctx.filled = (len(numbers) > 0, len(pairs) > 0)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, coefficients)
 
@@ -43,7 +44,9 @@ def _backward(ctx, grads, products):
     grads = [None] * ctx.static.outputs if grads is None else grads
     needs = [*ctx.needs_input_grad[0], ctx.needs_input_grad[1]]
     found = _vjp(ctx.static, tensors, None, (*grads, products), needs)
-    return list(found[:-1]), found[-1], None, None, None
+    # torch takes an empty list for one of tensors, whose gradient is a list.
+    lists = (None if ctx.filled[0] else [], None, None if ctx.filled[1] else [])
+    return list(found[:-1]), found[-1], *lists
 
 
 def register() -> None:
