@@ -27,6 +27,9 @@ UPDATE = DDIM(alpha=ALPHA, alpha_next=ALPHA_NEXT)
 SHAPES = {"sdxl": (2, 4, 128, 128), "batch": (8, 16, 128, 128)}
 
 
+_PAIR = ("cond", "uncond")
+
+
 def _move(x: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
     original = (x - (1 - ALPHA) ** 0.5 * prediction) / ALPHA**0.5
     return ALPHA_NEXT**0.5 * original + (1 - ALPHA_NEXT) ** 0.5 * prediction
@@ -49,8 +52,9 @@ def _rescaled(t: Tensors) -> torch.Tensor:
 
 
 def _with_cosine(t: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
-    cosine = torch.nn.functional.cosine_similarity(t["cond"].flatten(1), t["uncond"].flatten(1))
-    return _ddim(t), cosine
+    # In float32, as 16-bit sums of 65536 products would show nothing of a cosine near 1.
+    wide = [t[n].flatten(1).to(torch.promote_types(t[n].dtype, torch.float32)) for n in _PAIR]
+    return _ddim(t), torch.nn.functional.cosine_similarity(*wide)
 
 
 def _noised(t: Tensors) -> torch.Tensor:

@@ -94,8 +94,7 @@ std::tuple<TensorList, Tensor> mix(const TensorList& inputs, const OptionalTenso
 }  // namespace transfuse
 
 STABLE_TORCH_LIBRARY_FRAGMENT(transfuse, m) {
-  m.def(
-      "mix(Tensor[] inputs, Tensor? coefficients, float[] numbers, int outputs, int[] pairs) -> (Tensor[], Tensor)");
+  m.def("mix(Tensor[] inputs, Tensor? coefficients, float[] numbers, int outputs, int[] pairs) -> (Tensor[], Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(transfuse, CPU, m) { m.impl("mix", TORCH_BOX(&transfuse::mix)); }
