@@ -20,6 +20,7 @@ from transfuse.ops.cfg_step import (
     cfg_step_with_cosine,
     cfg_step_with_original,
 )
+from transfuse.ops.lora import lora_conv2d, lora_linear
 from transfuse.ops.nes import nes_gradient, nes_perturb
 from transfuse.ops.noise_mix import NoisyVelocity, noise_mix, noise_mix_with_velocity
 
@@ -40,6 +41,8 @@ __all__ = [
     "cfg_step",
     "cfg_step_with_cosine",
     "cfg_step_with_original",
+    "lora_conv2d",
+    "lora_linear",
     "merge_attention",
     "nes_gradient",
     "nes_perturb",
