@@ -31,6 +31,7 @@ from .attention_backward import Tangents, plan_gradients
 from .attention_forward import plan_forward, plan_fused
 from .attention_jvp import plan_jvp
 from .mix import BLOCK, plan_mix
+from .nes import plan_gradient, plan_perturb
 
 # Shared memory one block may use, in bytes.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
@@ -164,6 +165,17 @@ def _mix(dtype: torch.dtype, outputs: int, products: bool, own: bool) -> list[La
     return plan_mix(inputs, rows, numbers, inputs[:outputs], partials, pairs)
 
 
+def _nes(dtype: torch.dtype | None, masked: bool) -> list[Launch]:
+    """A clip of 16 frames: 6 pairs around it, or (no dtype) the sum over 24 samples."""
+    shape, seed, start = (16, 3, 112, 112), 2**63 - 1, 2**33
+    mask = _meta(*shape, dtype=torch.bool) if masked else None
+    if dtype is None:
+        weights, out = _meta(24, dtype=torch.float64), _meta(*shape, dtype=torch.float32)
+        return plan_gradient(weights, mask, out, seed, start)
+    x = _meta(*shape, dtype=dtype)
+    return plan_perturb(x, mask, _meta(12, *shape, dtype=dtype), seed, start, 6, 1e-3)
+
+
 def cases() -> list[Case]:
     """The compact set that is compiled."""
     single, half, brain = torch.float32, torch.float16, torch.bfloat16
@@ -197,6 +209,9 @@ def cases() -> list[Case]:
         Case("mix bf16 step per sample", lambda: _mix(brain, 1, False, True), hot=True),
         Case("mix fp16 step and original", lambda: _mix(half, 2, False, False), hot=True),
         Case("mix bf16 step and products", lambda: _mix(brain, 1, True, True), hot=True),
+        Case("nes perturb bf16 masked", lambda: _nes(brain, True), hot=True),
+        Case("nes gradient", lambda: _nes(None, False), hot=True),
+        Case("nes gradient masked", lambda: _nes(None, True), hot=True),
         Case("mix fp32 products", lambda: _mix(single, 0, True, False), hot=True),
     ]
 

@@ -59,6 +59,13 @@ def mix(
         pairs: products wanted, as pairs of numbers of inputs.
         backend: ``"cpu"`` or ``"triton"``.
     """
+    if read_at_once(backend, (*inputs, *(n for row in rows for n in row))):
+        numbers, coefficients = _pack_values(rows)
+        static = Static(len(inputs), len(rows), pairs, numbers, backend)
+        # Nothing is differentiated: past the autograd kernel, which costs as much as a small call.
+        with torch._C._AutoDispatchBelowAutograd():
+            results = forward(static, (*inputs, coefficients))
+        return Mixed(list(results[:-1]), results[-1])
     numbers, coefficients = _pack(rows, inputs[0])
     static = Static(len(inputs), len(rows), pairs, numbers, backend)
     tensors = (*inputs, coefficients)
@@ -67,6 +74,32 @@ def mix(
     else:
         results = forward(static, tensors)
     return Mixed(list(results[: static.outputs]), results[-1])
+
+
+def read_at_once(backend: str, entries: Sequence[object]) -> bool:
+    """Whether small tensors are best read and computed with as Python numbers: on the CPU, where
+    nothing waits, and where no derivative, transform or compiler watches."""
+    if backend != "cpu" or torch.compiler.is_compiling():
+        return False
+    return not needs_derivative([t for t in entries if isinstance(t, Tensor)])
+
+
+def _pack_values(
+    rows: Sequence[Sequence[Number]],
+) -> tuple[tuple[float, ...] | None, Tensor | None]:
+    """As :func:`_pack`, by reading tensors of coefficients."""
+    flat = [entry.tolist() if isinstance(entry, Tensor) else entry for row in rows for entry in row]
+    batch = max((len(entry) for entry in flat if isinstance(entry, list)), default=0)
+    if not any(isinstance(entry, list) for entry in flat):
+        return tuple(flat), None  # type: ignore[arg-type]
+    own = [
+        entry * (batch // max(len(entry), 1)) if isinstance(entry, list) else [entry] * batch
+        for entry in flat
+    ]
+    table = torch.tensor(list(zip(*own, strict=True)), dtype=torch.float64)
+    return None, table.view(batch, len(rows), -1) if batch > 0 else table.view(
+        0, len(rows), len(rows[0])
+    )
 
 
 def _pack(
@@ -99,7 +132,7 @@ def forward(static: Static, tensors: Tensors) -> tuple[Tensor, ...]:
     if static.backend == "triton":
         from transfuse.triton_kernels.mix import mix as kernel
     else:
-        kernel = torch.ops.transfuse.mix
+        kernel = torch.ops.transfuse.mix.default
     outputs, products = kernel(inputs, coefficients, numbers, static.outputs, flat)
     return (*outputs, products)
 

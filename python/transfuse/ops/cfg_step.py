@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -11,7 +12,7 @@ from transfuse import _backend, _native
 from transfuse.ops import _cfg_reference, _mix_ops
 from transfuse.ops._cfg_call import Call, normalise
 from transfuse.ops._cfg_reference import CFGCosines, CFGOriginal, cosine, needs_of
-from transfuse.ops._mix_core import Mixed, mix
+from transfuse.ops._mix_core import Mixed, mix, read_at_once
 from transfuse.ops._sampler_updates import DDIM, DDPM, Euler, Number, Predict, Update
 
 __all__ = [
@@ -225,17 +226,45 @@ def cfg_step_with_cosine(
     if space == "original":
         pairs += ((0, 2), (1, 2), (2, 2))
     result = _run(call, chosen, original=False, pairs=pairs)
-    cc, cu, uu, *rest = result.products.unbind(1)
-    if space == "original":
-        cx, ux, xx = rest
-        p, q = call.move.p, call.move.q
-        base, linear, square = p * p * xx, p * q, q * q
-        cc, cu, uu = (
-            base + 2.0 * linear * cx + square * cc,
-            base + linear * (cx + ux) + square * cu,
-            base + 2.0 * linear * ux + square * uu,
-        )
-    return CFGCosines(result.outputs[0], cosine(cc, cu, uu).to(_statistics(cond)))
+    moments = (call.move.p, call.move.q) if space == "original" else (0.0, 1.0)
+    if chosen == "cpu" and _plain((result.outputs[0], result.products, *moments)):
+        # The same formula in Python, which costs less than as many small tensor operations.
+        values = [_cosine_number(*_moments(row, *moments)) for row in result.products.tolist()]
+        found = torch.tensor(values, dtype=_statistics(cond))
+    else:
+        found = cosine(*_moments(result.products.unbind(1), *moments)).to(_statistics(cond))
+    return CFGCosines(result.outputs[0], found)
+
+
+def _plain(values: Sequence[object]) -> bool:
+    """Whether small results may be read and computed with as Python numbers."""
+    if isinstance(values[-1], Tensor) or isinstance(values[-2], Tensor):
+        return False
+    tensors = [t for t in values if isinstance(t, Tensor)]
+    return read_at_once("cpu", tensors) and not any(t.requires_grad for t in tensors)
+
+
+def _moments(products: Sequence, p: Number, q: Number) -> tuple:
+    """|a|^2, <a, b>, |b|^2 for a = p x + q c and b = p x + q u, from the products of c, u and x."""
+    cc, cu, uu, *rest = products
+    if not rest:
+        return cc, cu, uu
+    cx, ux, xx = rest
+    base, linear, square = p * p * xx, p * q, q * q
+    return (
+        base + 2.0 * linear * cx + square * cc,
+        base + linear * (cx + ux) + square * cu,
+        base + 2.0 * linear * ux + square * uu,
+    )
+
+
+def _cosine_number(first: float, cross: float, second: float) -> float:
+    """``cosine`` of numbers."""
+    if first > 0.0 and second > 0.0:
+        return cross / (math.sqrt(first) * math.sqrt(second))
+    if math.isnan(first) or math.isnan(second):
+        return math.nan
+    return 1.0 if first == second == 0.0 else 0.0
 
 
 def _statistics(x: Tensor) -> torch.dtype:
@@ -280,13 +309,27 @@ def _row(
 
 def _rescaling(call: Call, products: Tensor) -> Tensor:
     """Factor of the guided prediction, (B,), from the moments of the two predictions."""
-    cc, cu, uu, sum_c, sum_u = products.unbind(1)
+    s, r = call.scale, call.rescale
     count = max(call.cond.shape[1:].numel(), 1)
-    s = call.scale
+    if not isinstance(s, Tensor) and products.device.type == "cpu" and _plain((products, 0.0, s)):
+        factors = []
+        for row in products.tolist():
+            own, guided, least = _variances(row, s, count)
+            varied = own > least[0] and guided > least[1]
+            factors.append(1.0 - r + r * math.sqrt(own / guided) if varied else 1.0)
+        return torch.tensor(factors, dtype=torch.float64)
+    own, guided, least = _variances(products.unbind(1), s, count)
+    varied = (own > least[0]) & (guided > least[1])
+    ratio = torch.where(varied, own, 1.0) / torch.where(varied, guided, 1.0)
+    return 1.0 - r + r * ratio.sqrt()
+
+
+def _variances(products: Sequence, s: Number, count: int) -> tuple:
+    """Sums of squares about the mean of the conditional and of the guided prediction, and what of
+    either is only the rounding of a constant prediction."""
+    cc, cu, uu, sum_c, sum_u = products
     own = cc - sum_c * sum_c / count
     cross, other = cu - sum_c * sum_u / count, uu - sum_u * sum_u / count
-    guided = s * s * own + 2.0 * s * (1.0 - s) * cross + (1.0 - s) * (1.0 - s) * other
-    # What rounding leaves of a constant prediction counts as no deviation.
-    varied = (own > 1e-14 * cc) & (guided > 1e-14 * (s * s * cc + (1.0 - s) * (1.0 - s) * uu))
-    ratio = torch.where(varied, own, 1.0) / torch.where(varied, guided, 1.0)
-    return 1.0 - call.rescale + call.rescale * ratio.sqrt()
+    rest = 1.0 - s
+    guided = s * s * own + 2.0 * s * rest * cross + rest * rest * other
+    return own, guided, (1e-14 * cc, 1e-14 * (s * s * cc + rest * rest * uu))

@@ -136,3 +136,13 @@ def test_linear_estimates_beat_what_costs_the_same(full):
     )
     assert estimated <= 0.8 * by_cond
     assert estimated < last
+
+
+def test_the_picture_is_drawn(tmp_path):
+    gallery = pytest.importorskip("transfuse.bench.gallery.adaptive_guidance", exc_type=ImportError)
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "picture.png"
+    assert gallery.main(["--out", str(path), "--samples", "4"]) == 0
+    assert path.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit):
+        gallery.main(["--out", str(path), "--samples", "1"])

@@ -409,3 +409,12 @@ def test_a_quarter_of_the_clip_gives_a_better_gradient():
     whole, local = cosine(None), cosine(mask, mask)
     assert local >= 1.6 * whole
     assert cosine(mask, None) < 1.6 * whole, "unmasked noise must fail the claim"
+
+
+def test_the_picture_is_drawn(tmp_path):
+    gallery = pytest.importorskip("transfuse.bench.gallery.local_style_fool", exc_type=ImportError)
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "picture.png"
+    if gallery.main(["--out", str(path), "--size", "16", "24", "--iterations", "3"]) == 2:
+        pytest.skip("no photographs")
+    assert path.read_bytes().startswith(b"\x89PNG")
