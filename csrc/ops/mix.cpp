@@ -81,8 +81,11 @@ std::tuple<TensorList, Tensor> mix(const TensorList& inputs, const OptionalTenso
     args.coefficients = static_cast<const double*>(c.const_data_ptr());
     args.coefficient_stride = shared ? 0 : outputs * (args.inputs + 1);
   } else {
-    STD_TORCH_CHECK((int64_t)numbers.size() == outputs * (args.inputs + 1), "numbers must hold ",
-                    outputs * (args.inputs + 1), " coefficients, got ", numbers.size());
+    // One row of numbers for all samples, or one for each.
+    const int64_t row = outputs * (args.inputs + 1), given = (int64_t)numbers.size();
+    STD_TORCH_CHECK(given == row || given == row * args.batch, "numbers must hold ", row,
+                    " coefficients, or as many for each sample, got ", given);
+    args.coefficient_stride = given == row ? 0 : row;
     args.coefficients = numbers.data();
   }
   args.products = static_cast<double*>(products.mutable_data_ptr());

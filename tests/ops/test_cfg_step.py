@@ -292,6 +292,7 @@ def test_raw_op_refuses_what_would_read_out_of_bounds(cpu):
         (([x, x[:1]], None, [0.0, 0.0, 0.0], 1, []), r"inputs\[1\] must have shape"),
         (([x, x.double()], None, [0.0, 0.0, 0.0], 1, []), "one dtype"),
         (([x], None, [1.0], 1, []), "numbers must hold 2"),
+        (([x], None, [1.0] * 6, 1, []), "numbers must hold 2"),
         (([x], None, [], 0, [0, 2]), "pairs must hold numbers"),
         (([x], None, [], 0, [0]), "pairs must be"),
         (([x], torch.zeros(3, 1, 2, dtype=torch.float64), [], 1, []), "coefficients must have"),

@@ -49,22 +49,25 @@ class Mixed(NamedTuple):
 
 
 def mix(
-    inputs: Sequence[Tensor], rows: Sequence[Sequence[Number]], pairs: Pairs, backend: str
+    inputs: Sequence[Tensor],
+    rows: Sequence[Sequence[Number | list[float]]],
+    pairs: Pairs,
+    backend: str,
 ) -> Mixed:
     """Combine and multiply checked inputs.
 
     Args:
         inputs: tensors of one shape (B, ...), dtype and device.
-        rows: per output its coefficients, one per input and one for the constant 1.
+        rows: per output its coefficients, one per input and one for the constant 1. Lists of one
+            number per sample are for calls that :func:`read_at_once` allows.
         pairs: products wanted, as pairs of numbers of inputs.
         backend: ``"cpu"`` or ``"triton"``.
     """
     if read_at_once(backend, (*inputs, *(n for row in rows for n in row))):
-        numbers, coefficients = _pack_values(rows)
-        static = Static(len(inputs), len(rows), pairs, numbers, backend)
+        static = Static(len(inputs), len(rows), pairs, _numbers(rows), backend)
         # Nothing is differentiated: past the autograd kernel, which costs as much as a small call.
         with torch._C._AutoDispatchBelowAutograd():
-            results = forward(static, (*inputs, coefficients))
+            results = forward(static, (*inputs, None))
         return Mixed(list(results[:-1]), results[-1])
     numbers, coefficients = _pack(rows, inputs[0])
     static = Static(len(inputs), len(rows), pairs, numbers, backend)
@@ -84,22 +87,19 @@ def read_at_once(backend: str, entries: Sequence[object]) -> bool:
     return not needs_derivative([t for t in entries if isinstance(t, Tensor)])
 
 
-def _pack_values(
-    rows: Sequence[Sequence[Number]],
-) -> tuple[tuple[float, ...] | None, Tensor | None]:
-    """As :func:`_pack`, by reading tensors of coefficients."""
+def _numbers(rows: Sequence[Sequence[Number | list[float]]]) -> tuple[float, ...]:
+    """All coefficients as numbers: one row for all samples, or one after the other for each."""
     flat = [entry.tolist() if isinstance(entry, Tensor) else entry for row in rows for entry in row]
-    batch = max((len(entry) for entry in flat if isinstance(entry, list)), default=0)
-    if not any(isinstance(entry, list) for entry in flat):
-        return tuple(flat), None  # type: ignore[arg-type]
-    own = [
-        entry * (batch // max(len(entry), 1)) if isinstance(entry, list) else [entry] * batch
+    batch = max((len(entry) for entry in flat if isinstance(entry, list)), default=None)
+    if batch is None:
+        return tuple(flat)  # type: ignore[arg-type]
+    columns = [
+        (entry if len(entry) == batch else entry * batch)
+        if isinstance(entry, list)
+        else [entry] * batch
         for entry in flat
     ]
-    table = torch.tensor(list(zip(*own, strict=True)), dtype=torch.float64)
-    return None, table.view(batch, len(rows), -1) if batch > 0 else table.view(
-        0, len(rows), len(rows[0])
-    )
+    return tuple(number for row in zip(*columns, strict=True) for number in row)
 
 
 def _pack(

@@ -18,15 +18,15 @@ class NoisyVelocity(NamedTuple):
     velocity: Tensor
 
 
-def normalise(
-    sample: object, noise: object, alpha: object, sigma: object
-) -> tuple[Tensor, Tensor, Number, Number]:
-    """Check the arguments of noise_mix."""
+def pair(sample: object, noise: object) -> tuple[Tensor, Tensor]:
+    """Check the tensors of noise_mix."""
     sample = batched("sample", sample)
-    noise = companion("noise", noise, "sample", sample)
+    return sample, companion("noise", noise, "sample", sample)
+
+
+def levels(sample: Tensor, alpha: object, sigma: object) -> tuple[Number, Number]:
+    """Check the coefficients of noise_mix."""
     return (
-        sample,
-        noise,
         per_sample("alpha", alpha, sample, "sample", ANY, "(-inf, inf)"),
         per_sample("sigma", sigma, sample, "sample", ANY, "(-inf, inf)"),
     )
@@ -36,14 +36,16 @@ def noise_mix_reference(
     sample: Tensor, noise: Tensor, *, alpha: float | Tensor, sigma: float | Tensor
 ) -> Tensor:
     """As ``transfuse.ops.noise_mix``."""
-    return composed(*normalise(sample, noise, alpha, sigma))
+    sample, noise = pair(sample, noise)
+    return composed(sample, noise, *levels(sample, alpha, sigma))
 
 
 def noise_mix_with_velocity_reference(
     sample: Tensor, noise: Tensor, *, alpha: float | Tensor, sigma: float | Tensor
 ) -> NoisyVelocity:
     """As ``transfuse.ops.noise_mix_with_velocity``."""
-    sample, noise, alpha, sigma = normalise(sample, noise, alpha, sigma)
+    sample, noise = pair(sample, noise)
+    alpha, sigma = levels(sample, alpha, sigma)
     return NoisyVelocity(
         composed(sample, noise, alpha, sigma), composed(sample, noise, -sigma, alpha)
     )

@@ -109,20 +109,35 @@ def per_sample(
     are read on the CPU only; elsewhere that would wait for the queue.
     """
     if isinstance(value, Tensor):
-        _checks.auxiliary(name, value, of, like)
-        batch = like.shape[0]
-        if value.dim() > 1 or (value.dim() == 1 and value.shape[0] not in (1, batch)):
-            raise ValueError(
-                f"{name}: expected a number or a tensor of shape ({batch},) (one per sample), "
-                f"got shape {tuple(value.shape)}"
-            )
-        value = value.reshape(-1)
-        for number in _read(value):
+        numbers = _checked(name, value, like, of)
+        for number in numbers:
             _inside(name, number, within, bounds)
-        return value.to(torch.float64)
+        return value.reshape(-1).to(torch.float64)
     number = _checks.number(name, value)
     _inside(name, number, within, bounds)
     return number
+
+
+def sample_numbers(name: str, value: object, like: Tensor, of: str) -> float | list[float]:
+    """A finite number, or one per sample from a tensor that may be read now; checked alike."""
+    if not isinstance(value, Tensor):
+        return _checks.number(name, value)
+    numbers = _checked(name, value, like, of)
+    for number in numbers:
+        _inside(name, number, (-math.inf, math.inf), "(-inf, inf)")
+    return numbers
+
+
+def _checked(name: str, value: Tensor, like: Tensor, of: str) -> list[float]:
+    """The numbers of a tensor () or (B,), where they may be read."""
+    _checks.auxiliary(name, value, of, like)
+    batch = like.shape[0]
+    if value.dim() > 1 or (value.dim() == 1 and value.shape[0] not in (1, batch)):
+        raise ValueError(
+            f"{name}: expected a number or a tensor of shape ({batch},) (one per sample), "
+            f"got shape {tuple(value.shape)}"
+        )
+    return _read(value)
 
 
 def _read(value: Tensor) -> list[float]:
@@ -130,7 +145,8 @@ def _read(value: Tensor) -> list[float]:
         return []
     if torch._C._functorch.is_functorch_wrapped_tensor(value):
         return []
-    return value.detach().tolist()
+    numbers = value.detach().tolist()
+    return numbers if isinstance(numbers, list) else [numbers]
 
 
 def _inside(name: str, number: float, within: tuple[float, float], bounds: str) -> None:

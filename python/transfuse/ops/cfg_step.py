@@ -284,16 +284,41 @@ def _run(
 ) -> Mixed:
     """The next latent, the clean one if wanted, and products of the inputs."""
     inputs = [t for t in (call.cond, call.uncond, call.sample, call.noise) if t is not None]
-    factor: Number = 1.0
+    factor: Number | list[float] = 1.0
     if call.rescale > 0.0 and call.uncond is not None:
         # 2 stands for the constant 1: sums of either prediction.
         moments = mix(inputs[:2], (), (_CC, _CU, _UU, (0, 2), (1, 2)), backend).products
         factor = _rescaling(call, moments)
-    of_cond, of_uncond = factor * call.scale, factor * (1.0 - call.scale)
     move = call.move
+    if isinstance(factor, list):
+        if any(isinstance(n, Tensor) for n in move):
+            factor = torch.tensor(factor, dtype=torch.float64)
+        else:
+            return _run_numbers(call, inputs, factor, backend, original, pairs)
+    of_cond, of_uncond = factor * call.scale, factor * (1.0 - call.scale)
     rows = [_row(call, of_cond, of_uncond, move.a, move.b, move.c)]
     if original:
         rows.append(_row(call, of_cond, of_uncond, move.p, move.q, 0.0))
+    return mix(inputs, rows, pairs, backend)
+
+
+def _run_numbers(
+    call: Call,
+    inputs: Sequence[Tensor],
+    factors: list[float],
+    backend: str,
+    original: bool,
+    pairs: tuple[tuple[int, int], ...],
+) -> Mixed:
+    """As :func:`_run`, with one factor per sample and numbers otherwise."""
+    s, move = call.scale, call.move
+    rows = []
+    for a, b, c in ((move.a, move.b, move.c), (move.p, move.q, 0.0))[: 2 if original else 1]:
+        own = [b * f * s for f in factors]
+        rest = [b * f * (1.0 - s) for f in factors]
+        row: list = [own, rest]
+        row += [n for t, n in ((call.sample, a), (call.noise, c)) if t is not None]
+        rows.append([*row, 0.0])
     return mix(inputs, rows, pairs, backend)
 
 
@@ -307,8 +332,9 @@ def _row(
     return [*row, 0.0]
 
 
-def _rescaling(call: Call, products: Tensor) -> Tensor:
-    """Factor of the guided prediction, (B,), from the moments of the two predictions."""
+def _rescaling(call: Call, products: Tensor) -> Tensor | list[float]:
+    """Factor of the guided prediction, (B,), from the moments of the two predictions; a list where
+    nothing watches."""
     s, r = call.scale, call.rescale
     count = max(call.cond.shape[1:].numel(), 1)
     if not isinstance(s, Tensor) and products.device.type == "cpu" and _plain((products, 0.0, s)):
@@ -317,7 +343,7 @@ def _rescaling(call: Call, products: Tensor) -> Tensor:
             own, guided, least = _variances(row, s, count)
             varied = own > least[0] and guided > least[1]
             factors.append(1.0 - r + r * math.sqrt(own / guided) if varied else 1.0)
-        return torch.tensor(factors, dtype=torch.float64)
+        return factors
     own, guided, least = _variances(products.unbind(1), s, count)
     varied = (own > least[0]) & (guided > least[1])
     ratio = torch.where(varied, own, 1.0) / torch.where(varied, guided, 1.0)

@@ -6,8 +6,9 @@ from torch import Tensor
 
 from transfuse import _backend, _native
 from transfuse.ops import _mix_ops
-from transfuse.ops._mix_core import mix
-from transfuse.ops._noise_mix_reference import NoisyVelocity, composed, normalise
+from transfuse.ops._mix_core import mix, read_at_once
+from transfuse.ops._noise_mix_reference import NoisyVelocity, composed, levels, pair
+from transfuse.ops._sampler_updates import sample_numbers
 
 __all__ = ["NoisyVelocity", "noise_mix", "noise_mix_with_velocity"]
 
@@ -54,8 +55,9 @@ def noise_mix(
         tensor([[2.5000, 2.5000, 2.5000],
                 [3.0000, 3.0000, 3.0000]])
     """
-    sample, noise, alpha, sigma = normalise(sample, noise, alpha, sigma)
+    sample, noise = pair(sample, noise)
     chosen = _choose(sample, backend)
+    alpha, sigma = _levels(sample, noise, alpha, sigma, chosen)
     if chosen is None:
         return composed(sample, noise, alpha, sigma)
     return mix((sample, noise), ((alpha, sigma, 0.0),), (), chosen).outputs[0]
@@ -98,14 +100,26 @@ def noise_mix_with_velocity(
         >>> noise_mix_with_velocity(x0, noise, alpha=0.6, sigma=0.8).velocity
         tensor([[-0.8000, -0.8000]])
     """
-    sample, noise, alpha, sigma = normalise(sample, noise, alpha, sigma)
+    sample, noise = pair(sample, noise)
     chosen = _choose(sample, backend)
+    alpha, sigma = _levels(sample, noise, alpha, sigma, chosen)
     if chosen is None:
         return NoisyVelocity(
             composed(sample, noise, alpha, sigma), composed(sample, noise, -sigma, alpha)
         )
-    rows = ((alpha, sigma, 0.0), (-sigma, alpha, 0.0))
+    back = [-s for s in sigma] if isinstance(sigma, list) else -sigma
+    rows = ((alpha, sigma, 0.0), (back, alpha, 0.0))
     return NoisyVelocity(*mix((sample, noise), rows, (), chosen).outputs)
+
+
+def _levels(sample: Tensor, noise: Tensor, alpha: object, sigma: object, backend: str | None):
+    """The checked levels; as lists of numbers where that is the cheapest way to hand them on."""
+    if backend is not None and read_at_once(backend, (sample, noise, alpha, sigma)):
+        return (
+            sample_numbers("alpha", alpha, sample, "sample"),
+            sample_numbers("sigma", sigma, sample, "sample"),
+        )
+    return levels(sample, alpha, sigma)
 
 
 def _choose(sample: Tensor, backend: str | None) -> str | None:
