@@ -30,6 +30,8 @@ from .adain import plan_content, plan_style
 from .attention_backward import Tangents, plan_gradients
 from .attention_forward import plan_forward, plan_fused
 from .attention_jvp import plan_jvp
+from .mix import BLOCK, plan_mix
+from .nes import plan_gradient, plan_perturb
 from .token_merging import plan_gather, plan_nearest, plan_push, plan_segments
 from .window_attention import plan_forward as plan_windows
 
@@ -182,6 +184,27 @@ def _merging(op: str, dtype: torch.dtype, option: int = 0) -> list[Launch]:
     return [plan_segments(x, scale, *plan[1:], option, merged, winner)]
 
 
+def _mix(dtype: torch.dtype, outputs: int, products: bool, own: bool) -> list[Launch]:
+    """Three predictions of a latent; ``own``: coefficients of each sample."""
+    inputs = [_meta(2, 4, 128, 128, dtype=dtype) for _ in range(3)]
+    rows = _meta(2, outputs, 4, dtype=torch.float64) if own else None
+    pairs = [0, 0, 0, 1, 1, 1, 0, 3, 1, 3] if products else []
+    partials = _meta(2, triton.cdiv(4 * 128 * 128, BLOCK), len(pairs) // 2, dtype=torch.float64)
+    numbers = [] if own else [0.5] * (4 * outputs)
+    return plan_mix(inputs, rows, numbers, inputs[:outputs], partials, pairs)
+
+
+def _nes(dtype: torch.dtype | None, masked: bool) -> list[Launch]:
+    """A clip of 16 frames: 6 pairs around it, or (no dtype) the sum over 24 samples."""
+    shape, seed, start = (16, 3, 112, 112), 2**63 - 1, 2**33
+    mask = _meta(*shape, dtype=torch.bool) if masked else None
+    if dtype is None:
+        weights, out = _meta(24, dtype=torch.float64), _meta(*shape, dtype=torch.float32)
+        return plan_gradient(weights, mask, out, seed, start)
+    x = _meta(*shape, dtype=dtype)
+    return plan_perturb(x, mask, _meta(12, *shape, dtype=dtype), seed, start, 6, 1e-3)
+
+
 def cases() -> list[Case]:
     """The compact set that is compiled."""
     single, half, brain = torch.float32, torch.float16, torch.bfloat16
@@ -224,6 +247,14 @@ def cases() -> list[Case]:
         Case("gather bf16", lambda: _merging("gather", brain), hot=True),
         Case("gather first fp32", lambda: _merging("gather", single, 2)),
         Case("push bf16", lambda: _merging("push", brain), hot=True),
+        Case("mix fp32 step", lambda: _mix(single, 1, False, False), hot=True),
+        Case("mix bf16 step per sample", lambda: _mix(brain, 1, False, True), hot=True),
+        Case("mix fp16 step and original", lambda: _mix(half, 2, False, False), hot=True),
+        Case("mix bf16 step and products", lambda: _mix(brain, 1, True, True), hot=True),
+        Case("nes perturb bf16 masked", lambda: _nes(brain, True), hot=True),
+        Case("nes gradient", lambda: _nes(None, False), hot=True),
+        Case("nes gradient masked", lambda: _nes(None, True), hot=True),
+        Case("mix fp32 products", lambda: _mix(single, 0, True, False), hot=True),
     ]
 
 
@@ -268,7 +299,8 @@ def check(name: str, position: int, arch: int) -> Result:
 def check_launch(case: Case, position: int, arch: int) -> Result:
     """Compile launch ``position`` of ``case`` for ``arch`` and judge it."""
     launch = case.plan()[position]
-    tile = f"{launch.arguments['BLOCK_M']}x{launch.arguments['BLOCK_N']}"
+    blocks = (launch.arguments.get(name) for name in ("BLOCK_M", "BLOCK_N"))
+    tile = "x".join(str(block) for block in blocks if block is not None)
     identity = (case.name, launch.kernel.__name__, arch, tile, launch.options["num_warps"])
     start = time.perf_counter()
     try:

@@ -5,6 +5,8 @@
 
 #include "transfuse/adain.h"
 #include "transfuse/attention.h"
+#include "transfuse/mix.h"
+#include "transfuse/nes.h"
 #include "transfuse/peak.h"
 #include "transfuse/token_merging.h"
 
@@ -86,6 +88,8 @@ Isa isa_in_use() {
 
 TRANSFUSE_KERNEL_TABLE(AdainKernels, kAdain, adain_kernels)
 TRANSFUSE_KERNEL_TABLE(AttentionKernels, kAttention, attention_kernels)
+TRANSFUSE_KERNEL_TABLE(MixKernels, kMix, mix_kernels)
+TRANSFUSE_KERNEL_TABLE(NesKernels, kNes, nes_kernels)
 TRANSFUSE_KERNEL_TABLE(PeakKernels, kPeak, peak_kernels)
 TRANSFUSE_KERNEL_TABLE(TokenMergingKernels, kTokenMerging, token_merging_kernels)
 

@@ -108,7 +108,64 @@ class TestLayer:
         assert torch.equal(first(given), other(given))
 
 
+def _adaptive(dtype):
+    guidance = methods.get("adaptive_guidance")(space="prediction")
+    x = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    return guidance, lambda: guidance.step(0, lambda x, at: x, lambda x, at: 0.5 * x, x)
+
+
+def _experts(dtype):
+    generator = torch.Generator().manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 5)).to(dtype)
+    guide = methods.get("ppap")(network, 3, r=2, generator=generator)
+    x = torch.randn(2, 4, 4, 4, generator=generator).to(dtype)
+    return guide, lambda: guide(x, torch.tensor([0, 999]))
+
+
+GUIDANCE = {"adaptive_guidance": _adaptive, "ppap": _experts}
+
+
+@pytest.mark.parametrize("slug", methods.list(kind="guidance"))
+class TestGuidance:
+    """Built with defaults: described, and the same numbers twice, in the dtype it is given."""
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_runs_in_dtype_and_is_reproducible(self, slug, dtype):
+        results = []
+        for _ in range(2):
+            torch.manual_seed(0)
+            guidance, run = GUIDANCE[slug](dtype)
+            assert type(guidance).__name__ in repr(guidance)
+            with torch.no_grad():
+                results.append(run())
+        assert results[0].dtype == dtype
+        assert results[0].isfinite().all()
+        assert torch.equal(*results)
+
+
+def _attack(dtype):
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(3, 48, generator=generator)
+    clip = torch.rand(1, 3, 4, 4, generator=generator).to(dtype)
+    attack = methods.get("local_style_fool")(lambda x: x.float().flatten(1) @ weights.T)
+    label = int((clip.float().flatten() @ weights.T).argmax())
+    masks = torch.ones(1, 1, 4, 4, dtype=torch.bool)
+    return attack.attack(clip, masks, label=label, stylised=1 - clip).clip
+
+
+PROCEDURES = {"local_style_fool": _attack}
+
+
+@pytest.mark.parametrize("slug", methods.list(kind="procedure"))
+def test_procedures_are_reproducible_and_leave_the_global_generator(slug):
+    before = torch.random.get_rng_state()
+    first, second = PROCEDURES[slug](torch.float32), PROCEDURES[slug](torch.float32)
+    assert torch.equal(first, second)
+    assert first.isfinite().all()
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
 def test_every_kind_in_use_has_a_contract():
-    tested = {"patch", "layer"}
+    tested = {"patch", "layer", "guidance", "procedure"}
     used = {methods.card(slug).kind for slug in methods.list()}
     assert used <= tested, f"write the contract test of: {sorted(used - tested)}"

@@ -8,6 +8,8 @@
 
 #include "attention_selftest.h"
 #include "check.h"
+#include "mix_selftest.h"
+#include "nes_selftest.h"
 #include "token_merging_selftest.h"
 #include "transfuse/isa.h"
 
@@ -30,6 +32,8 @@ int run(int argc, char** argv) {
   }
   std::printf("transfuse_selftest at %s\n", transfuse::isa_name(transfuse::isa_in_use()));
   selftest::attention_selftest(cases);
+  selftest::mix_selftest(cases);
+  selftest::nes_selftest();
   selftest::token_merging_selftest(cases);
   const selftest::Tally& t = selftest::tally();
   std::printf("%ld passed, %ld failed\n", t.passed, t.failed);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import re
@@ -282,6 +283,8 @@ def test_transform(
 ) -> None:
     if check.kind == "compile" and not _kernel(backend) and check.name != "compile":
         pytest.skip("the reference is plain torch")
+    if check.name in spec.vanishing:
+        pytest.skip("zero for this op")
     # Triton kernels have no float64.
     dtype = torch.float32 if backend == "triton" else torch.float64
     device = device_for(spec, backend, dtype)
@@ -311,15 +314,24 @@ def test_opcheck(spec: OpSpec, backend: str, device_for) -> None:
 def test_change_between_forward_and_backward_is_noticed(
     spec: OpSpec, backend: str, case: Case, device_for
 ) -> None:
+    """Or does no harm: what was copied when the call was made may change afterwards."""
     device = device_for(spec, backend, torch.float32)
     j = judge(spec, case, torch.float32, backend, device)
+    unchanged = j.gradients(j.fn, j.tensors)
+    noticed = 0
     for name in j.names:
         own = {n: t.clone() for n, t in oracle.leaves(j.tensors, j.names).items()}
         results = j.fn(own)
         with torch.no_grad():
             own[name].mul_(2.0)
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            torch.autograd.grad(results, list(own[n] for n in j.names), j.cotangents())
+        found = None
+        with contextlib.suppress(RuntimeError):
+            found = torch.autograd.grad(results, list(own[n] for n in j.names), j.cotangents())
+        if found is None:
+            noticed += 1
+        else:
+            assert_same_bits(found, unchanged)
+    assert noticed > 0
 
 
 # -- memory -------------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ __all__ = [
     "HookHandle",
     "PatchHandle",
     "TokenMerging",
+    "adaptive_guider",
     "patch",
 ]
 
@@ -190,3 +191,60 @@ def patch(
             f"got {type(method).__name__}"
         )
     return method.attach(target, layers=layers)
+
+
+def adaptive_guider(
+    *,
+    alphas_cumprod: Tensor | None = None,
+    guidance_scale: float = 7.5,
+    guidance_rescale: float = 0.0,
+    threshold: float = 0.991,
+    space: str = "original",
+    reduce: str = "sample",
+    min_guided_steps: int = 0,
+    prediction: str = "epsilon",
+    start: float = 0.0,
+    stop: float = 1.0,
+):
+    """Adaptive guidance as a guider: ``pipe.update_components(guider=adaptive_guider(...))``.
+
+    Guidance stops sample by sample; once no sample is left, the pipeline evaluates the model once
+    per step. (It evaluates whole batches: a sample that stopped early saves nothing by itself.)
+
+    Args:
+        alphas_cumprod: table of the scheduler (``pipe.scheduler.alphas_cumprod``), which clean
+            latents are computed with. None with ``space="prediction"``.
+        guidance_scale: guidance strength.
+        guidance_rescale: share of the rescaled prediction, while guided.
+        threshold: cosine at which guidance stops.
+        space: ``"original"``: cosine of clean latents; ``"prediction"``: of model outputs, for
+            models without such a table; then set ``min_guided_steps`` (half the steps is safe).
+        reduce: ``"sample"`` or ``"batch"``.
+        min_guided_steps: guided steps before the threshold is tested.
+        prediction: the scheduler's ``prediction_type``.
+        start: share of the steps before guidance starts.
+        stop: share of the steps after which it has stopped in any case.
+
+    Returns:
+        A ``diffusers.guiders.BaseGuidance`` whose ``guidance`` is the ``AdaptiveGuidance`` (with
+        ``switched_at``, ``cosine``). It begins anew at step 0.
+
+    Raises:
+        ImportError: diffusers is not installed; the message names the extra.
+        ValueError, TypeError: an option outside its range.
+    """
+    _require_diffusers()
+    from transfuse.integrations._diffusers_guider import AdaptiveGuider
+
+    return AdaptiveGuider(
+        guidance_scale=guidance_scale,
+        guidance_rescale=guidance_rescale,
+        threshold=threshold,
+        space=space,
+        reduce=reduce,
+        min_guided_steps=min_guided_steps,
+        prediction=prediction,
+        start=start,
+        stop=stop,
+        alphas_cumprod=alphas_cumprod,
+    )

@@ -9,6 +9,20 @@ from transfuse.ops.attention import (
     attend_with_lse,
     merge_attention,
 )
+from transfuse.ops.cfg_step import (
+    DDIM,
+    DDPM,
+    CFGCosines,
+    CFGOriginal,
+    Euler,
+    Predict,
+    cfg_step,
+    cfg_step_with_cosine,
+    cfg_step_with_original,
+)
+from transfuse.ops.lora import lora_conv2d, lora_linear
+from transfuse.ops.nes import nes_gradient, nes_perturb
+from transfuse.ops.noise_mix import NoisyVelocity, noise_mix, noise_mix_with_velocity
 from transfuse.ops.token_merging import (
     MergePlan,
     Nearest,
@@ -22,19 +36,35 @@ from transfuse.ops.token_merging import (
 from transfuse.ops.window_attention import window_attention, window_partition, window_reverse
 
 __all__ = [
+    "DDIM",
+    "DDPM",
     "KV",
     "AttendResult",
     "Blend",
+    "CFGCosines",
+    "CFGOriginal",
+    "Euler",
     "MergePlan",
     "Nearest",
+    "NoisyVelocity",
+    "Predict",
     "adain",
     "attend",
     "attend_with_lse",
+    "cfg_step",
+    "cfg_step_with_cosine",
+    "cfg_step_with_original",
     "compose_plans",
+    "lora_conv2d",
+    "lora_linear",
     "match_tokens",
     "merge_attention",
     "merge_tokens",
     "nearest_tokens",
+    "nes_gradient",
+    "nes_perturb",
+    "noise_mix",
+    "noise_mix_with_velocity",
     "push_tokens",
     "unmerge_tokens",
     "window_attention",

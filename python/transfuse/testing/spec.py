@@ -114,6 +114,8 @@ class OpSpec:
             first one also stands for the op in the support matrix.
         refuses: checks of ``transfuse.testing.functorch`` that may raise instead of giving the
             right result, as ``{check name: regular expression for the message}``.
+        vanishing: checks of ``transfuse.testing.functorch`` whose truth is zero for this op (the
+            Hessian of an op that is linear in its first tensor), which show nothing.
         fuzz: ``fuzz(choose)`` returns a random case; ``choose(options)`` picks one of a sequence.
         raw_calls: ``raw_calls(backend)`` gives sample calls of the registered private ops behind a
             backend.
@@ -132,6 +134,7 @@ class OpSpec:
     errors: tuple[BadCase, ...]
     gradcheck: tuple[str, ...]
     refuses: Mapping[str, str] = field(default_factory=dict)
+    vanishing: frozenset[str] = frozenset()
     fuzz: Callable[[Callable[[Sequence[object]], object]], Case] | None = None
     raw_calls: Callable[[str], tuple[RawCall, ...]] | None = None
     declared_as: str | None = None

@@ -1,0 +1,229 @@
+"""Low-rank adapted linear and convolution layers, with an expert per sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from transfuse import _checks
+
+__all__ = ["lora_conv2d", "lora_linear"]
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    *,
+    scale: float | Tensor = 1.0,
+    expert: int | Tensor | None = None,
+) -> Tensor:
+    r"""A linear layer plus the low-rank delta of one expert, chosen for each sample.
+
+    .. math:: y = W x + b + \mathrm{scale}_e\, B_e A_e x
+
+    Args:
+        x: (B, ..., I).
+        weight: W (O, I), shared by all experts.
+        bias: b, (O,), or (E, O) with one per expert, or None.
+        down: A (E, r, I).
+        up: B (E, O, r).
+        scale: alpha / r: a number, or a tensor (E,).
+        expert: which expert each sample uses: int64 (B,), or one number for all; None: the only
+            one.
+
+    Returns:
+        (B, ..., O).
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit; the message names it.
+
+    Notes:
+        A composition of torch operations, on purpose. The shared part is one matrix product of all
+        samples, and the low-rank part r / min(I, O) of its work; each is a library GEMM, the floor
+        here. Neither W + B A nor a weight per sample is formed: samples are grouped by expert, and
+        each group's second product is added by the GEMM itself. So experts that no sample uses cost
+        nothing, and gradients of any order are torch's own.
+
+    Reference:
+        Hu et al. 2022, LoRA (arXiv:2106.09685), equation 3.
+
+    Example:
+        >>> import torch
+        >>> from transfuse.ops import lora_linear
+        >>> x, w = torch.randn(2, 5, 8), torch.randn(4, 8)
+        >>> down, up = torch.randn(3, 2, 8), torch.zeros(3, 4, 2)
+        >>> y = lora_linear(x, w, None, down, up, scale=0.5, expert=torch.tensor([2, 0]))
+        >>> torch.equal(y, torch.nn.functional.linear(x, w))
+        True
+    """
+    _layer(x, weight, bias, down, up, 2)
+    _checks.size("x", x, -1, weight.shape[1], "inputs of weight")
+    _rank(down, up, weight.shape[1], weight.shape[0])
+    chosen, scale = _experts(x, down, scale, expert)
+    own_bias = bias is not None and bias.dim() == 2
+
+    def each(part: Tensor, e: int) -> Tensor:
+        shift = bias[e] if own_bias else None
+        low = _scaled(F.linear(part, down[e]), scale, e)
+        return F.linear(low, up[e], shift)
+
+    return F.linear(x, weight, None if own_bias else bias) + _by_expert(x, chosen, each)
+
+
+def lora_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    *,
+    scale: float | Tensor = 1.0,
+    expert: int | Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+) -> Tensor:
+    r"""A convolution plus the low-rank delta of one expert, chosen for each sample.
+
+    .. math:: y = (W + \mathrm{scale}_e\, \mathrm{reshape}(B_e A_e)) * x + b
+
+    with :math:`B_e A_e` of shape (O k, I k) read as (O, I, k, k), as the adapters of loralib do.
+
+    Args:
+        x: (B, I, H, W).
+        weight: (O, I, k, k), a square kernel, one group.
+        bias: (O,), or (E, O) with one per expert, or None.
+        down: A (E, r, I k).
+        up: B (E, O k, r).
+        scale: alpha / r: a number, or a tensor (E,).
+        expert: int64 (B,), or one number for all; None: the only one.
+        stride, padding, dilation: of ``torch.nn.functional.conv2d``.
+
+    Returns:
+        (B, O, H', W').
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit; the message names it.
+
+    Notes:
+        The reshape mixes rows of B A across output channels and kernel rows, so the delta has no
+        small factorisation as two convolutions: it is formed, once per expert in use (not per
+        sample or forward of each layer of each expert), and added to the shared weight, so that
+        each group of samples takes one convolution. Merged for good, see ``merge`` of the methods.
+
+    Example:
+        >>> import torch
+        >>> from transfuse.ops import lora_conv2d
+        >>> x, w = torch.randn(2, 3, 6, 6), torch.randn(4, 3, 3, 3)
+        >>> down, up = torch.randn(1, 2, 9), torch.randn(1, 12, 2)
+        >>> lora_conv2d(x, w, None, down, up, scale=0.5, padding=1).shape
+        torch.Size([2, 4, 6, 6])
+    """
+    _layer(x, weight, bias, down, up, 4)
+    if x.dim() != 4:
+        raise ValueError(f"x: expected 4 dimensions (B, I, H, W), got {x.dim()}")
+    out, into, size, other = weight.shape
+    if size != other:
+        raise ValueError(f"weight: expected a square kernel, got {size} x {other}")
+    if x.shape[1] != into:
+        raise ValueError(
+            f"x: expected {into} channels (those of weight; groups are not supported), "
+            f"got {x.shape[1]}"
+        )
+    _rank(down, up, into * size, out * size)
+    chosen, scale = _experts(x, down, scale, expert)
+
+    def each(part: Tensor, e: int) -> Tensor:
+        delta = _scaled(up[e] @ down[e], scale, e).view(weight.shape)
+        shift = bias[e] if bias is not None and bias.dim() == 2 else bias
+        return F.conv2d(part, weight + delta, shift, stride, padding, dilation)
+
+    return _by_expert(x, chosen, each)
+
+
+def _layer(x: object, weight: object, bias: object, down: object, up: object, rank: int) -> None:
+    """Kinds, dtypes and devices of the tensors of a layer."""
+    for name, value in (("x", x), ("weight", weight), ("down", down), ("up", up)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {_checks.describe(value)}")
+    companions = [("weight", weight), ("down", down), ("up", up)]
+    if bias is not None:
+        if not isinstance(bias, Tensor):
+            raise TypeError(f"bias: expected a tensor or None, got {_checks.describe(bias)}")
+        companions.append(("bias", bias))
+    _checks.floating("x", x)
+    for name, value in companions:
+        _checks.same_dtype(name, value, "x", x)
+        _checks.same_device(name, value, "x", x)
+    if x.dim() < 2:
+        raise ValueError(f"x: expected shape (B, ..., I), got {tuple(x.shape)}")
+    for name, value, dims in (("weight", weight, rank), ("down", down, 3), ("up", up, 3)):
+        if value.dim() != dims:
+            raise ValueError(f"{name}: expected {dims} dimensions, got {tuple(value.shape)}")
+    if bias is not None and tuple(bias.shape) not in (
+        (weight.shape[0],),
+        (down.shape[0], weight.shape[0]),
+    ):
+        raise ValueError(
+            f"bias: expected ({weight.shape[0]},) or one row per expert "
+            f"({down.shape[0]}, {weight.shape[0]}), got {tuple(bias.shape)}"
+        )
+
+
+def _rank(down: Tensor, up: Tensor, into: int, out: int) -> None:
+    experts, rank, _ = down.shape
+    for name, value, want in (
+        ("down", down, (experts, rank, into)),
+        ("up", up, (experts, out, rank)),
+    ):
+        if tuple(value.shape) != want:
+            raise ValueError(f"{name}: expected shape {want}, got {tuple(value.shape)}")
+
+
+def _experts(
+    x: Tensor, down: Tensor, scale: object, expert: object
+) -> tuple[int | Tensor, float | Tensor]:
+    """The expert of each sample (one number if all share it), and the checked scale."""
+    experts = down.shape[0]
+    if isinstance(scale, Tensor):
+        _checks.auxiliary("scale", scale, "x", x)
+        if tuple(scale.shape) != (experts,):
+            raise ValueError(f"scale: expected shape ({experts},), got {tuple(scale.shape)}")
+    else:
+        scale = _checks.number("scale", scale)
+    if expert is None:
+        if experts != 1:
+            raise ValueError(f"expert: expected a number or int64 (B,) for {experts} experts")
+        return 0, scale
+    if isinstance(expert, Tensor):
+        index = _checks.index_map("expert", expert, x.shape[0], experts, "batch of x", "x", x)
+        return index, scale
+    if isinstance(expert, bool) or not isinstance(expert, int) or not 0 <= expert < experts:
+        raise ValueError(f"expert: expected a number in [0, {experts}), got {expert!r}")
+    return expert, scale
+
+
+def _scaled(low: Tensor, scale: float | Tensor, e: int) -> Tensor:
+    return low * (scale[e].to(low.dtype) if isinstance(scale, Tensor) else scale)
+
+
+def _by_expert(x: Tensor, expert: int | Tensor, each: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """``each(samples, e)`` for the samples of each expert in use, put back in order."""
+    if not isinstance(expert, Tensor):
+        return each(x, expert)
+    used = expert.unique().tolist()
+    if len(used) == 0:
+        return each(x, 0)
+    if len(used) == 1:
+        return each(x, used[0])
+    order = torch.argsort(expert, stable=True)
+    sizes = torch.bincount(expert, minlength=used[-1] + 1)[used].tolist()
+    parts = x.index_select(0, order).split(sizes)
+    results = torch.cat([each(part, e) for part, e in zip(parts, used, strict=True)])
+    return results.index_select(0, torch.argsort(order))

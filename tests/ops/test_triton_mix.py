@@ -1,0 +1,139 @@
+"""The Triton kernel of the sampling ops under Triton's interpreter, against the float64 oracle.
+
+As in ``test_triton_attention.py``, the tests run in a child process that chose the interpreter
+before importing Triton: ``TRITON_INTERPRET=1 pytest tests/ops/test_triton_mix.py`` runs them.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from transfuse.testing import inputs, oracle
+from transfuse.testing.specs import find_spec
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+pytest.importorskip("triton")
+
+if not INTERPRETED:
+
+    def test_kernels_under_the_interpreter():
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "pytest", "-o", "addopts=--import-mode=importlib"]
+        child = subprocess.run(
+            [*command, "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__).resolve())],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=1800,
+        )
+        assert child.returncode == 0, child.stdout[-8000:] + child.stderr[-4000:]
+        passed = re.search(r"(\d+) passed", child.stdout)
+        assert passed is not None
+        assert int(passed.group(1)) > 80
+
+else:
+    NAMES = (
+        "cfg_step",
+        "cfg_step_with_original",
+        "cfg_step_with_cosine",
+        "noise_mix",
+        "noise_mix_with_velocity",
+    )
+    CASES = [
+        pytest.param(spec, case, id=f"{spec.name}-{case.name}".replace(" ", "_"))
+        for spec in map(find_spec, NAMES)
+        for case in spec.cases
+        # The interpreter runs programs one after the other: many blocks take it long.
+        if not case.tags & {"bench", "real"} and case.name != "many samples"
+    ]
+    SOME = [
+        pytest.param(find_spec(name), find_spec(name).case(case), id=f"{name}-{case}")
+        for name, case in (
+            ("cfg_step", "everything"),
+            ("cfg_step", "euler, v, per sample"),
+            ("cfg_step_with_cosine", "everything, original"),
+            ("noise_mix", "per sample"),
+        )
+    ]
+
+    def _check(spec, case, dtype, tensors=None):
+        args = case.build(dtype)
+        tensors = args.tensors if tensors is None else tensors
+        names = case.differentiable
+        kernel = oracle.function(args, spec.op, "triton")
+        reference = oracle.function(args, spec.reference)
+        wide = oracle.widen(tensors)
+        generator = torch.Generator().manual_seed(0)
+        outputs = oracle.values(reference, tensors)
+        cotangents = oracle.directions(outputs, generator)
+        moves = oracle.directions([tensors[n] for n in names], generator)
+        widened = [[t.double() for t in part] for part in (cotangents, moves)]
+        problems = []
+        for units, results, truth, eager in (
+            (
+                oracle.VALUE_UNITS,
+                oracle.values(kernel, tensors),
+                oracle.values(reference, wide),
+                outputs,
+            ),
+            (
+                oracle.GRADIENT_UNITS,
+                oracle.gradients(kernel, tensors, names, cotangents),
+                oracle.gradients(reference, wide, names, widened[0]),
+                oracle.gradients(reference, tensors, names, cotangents),
+            ),
+            (
+                oracle.TANGENT_UNITS,
+                oracle.tangents(kernel, tensors, names, moves)[1],
+                oracle.tangents(reference, wide, names, widened[1])[1],
+                oracle.tangents(reference, tensors, names, moves)[1],
+            ),
+        ):
+            value = units == oracle.VALUE_UNITS
+            terms = (*tensors.values(), *moves) if units != oracle.GRADIENT_UNITS else truth
+            problems += oracle.compare_all(
+                results,
+                truth,
+                eager,
+                units=units,
+                terms=oracle.magnitude(*terms),
+                names=[f"{units} units, {i}" for i in range(len(results))],
+                dtype=None if value else dtype,
+            )
+        assert not problems, "\n".join(problems)
+
+    @pytest.mark.parametrize(("spec", "case"), CASES)
+    def test_value_gradient_and_tangent(spec, case):
+        _check(spec, case, torch.float32)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize(("spec", "case"), SOME)
+    def test_half_precision(spec, case, dtype):
+        _check(spec, case, dtype)
+
+    # torch itself refuses forward mode at an expanded tensor.
+    @pytest.mark.parametrize("kind", [k for k in inputs.STRIDES if k != "expanded"])
+    @pytest.mark.parametrize(("spec", "case"), SOME)
+    def test_strides(spec, case, kind):
+        tensors = case.build(torch.float32).tensors
+        _check(spec, case, torch.float32, {k: inputs.strided(t, kind) for k, t in tensors.items()})
+
+    @pytest.mark.parametrize(("spec", "case"), SOME)
+    def test_second_derivatives(spec, case):
+        args = case.build(torch.float32)
+        generator = torch.Generator().manual_seed(0)
+        reference = oracle.function(args, spec.reference)
+        outputs = oracle.values(reference, args.tensors)
+        cotangents = oracle.directions(outputs, generator)
+        moves = oracle.directions([args.tensors[n] for n in case.differentiable], generator)
+        results = [
+            oracle.second_gradients(fn, args.tensors, case.differentiable, cotangents, moves)
+            for fn in (oracle.function(args, spec.op, "triton"), reference)
+        ]
+        for one, other in zip(*results, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
