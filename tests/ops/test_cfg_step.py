@@ -303,6 +303,22 @@ def test_raw_op_refuses_what_would_read_out_of_bounds(cpu):
             op(*args)
 
 
+def test_tensors_without_numbers(cpu):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        x, c, u = (torch.empty(2, 4, 8, 8) for _ in range(3))
+        scale = torch.empty(2)
+        got = cfg_step_with_cosine(
+            x, c, u, DDIM(alpha=0.5, alpha_next=0.6), scale=scale, rescale=0.7, backend=cpu
+        )
+        assert got.sample.shape == x.shape
+        assert got.cosine.shape == (2,)
+        assert noise_mix(x, c, alpha=scale, sigma=scale, backend=cpu).shape == x.shape
+    meta = torch.empty(2, 3, device="meta")
+    assert cfg_step(None, meta, meta, Predict(), scale=2.0).shape == (2, 3)
+
+
 def test_explain():
     text = transfuse.explain("cfg_step", torch.zeros(1, 2))
     assert "cfg_step on cpu" in text

@@ -84,7 +84,11 @@ def read_at_once(backend: str, entries: Sequence[object]) -> bool:
     nothing waits, and where no derivative, transform or compiler watches."""
     if backend != "cpu" or torch.compiler.is_compiling():
         return False
-    return not needs_derivative([t for t in entries if isinstance(t, Tensor)])
+    tensors = [t for t in entries if isinstance(t, Tensor)]
+    # A subclass (FakeTensor above all) has no numbers to read.
+    if any(type(t) is not Tensor and type(t) is not torch.nn.Parameter for t in tensors):
+        return False
+    return not needs_derivative(tensors)
 
 
 def _numbers(rows: Sequence[Sequence[Number | list[float]]]) -> tuple[float, ...]:
