@@ -126,23 +126,37 @@ def _make(kind: str, shape: tuple[int, ...]) -> Callable[[Setup], Workload]:
     return make
 
 
-CASES = tuple(
+QUICK = ("rescale", "batch")
+
+CASES = (
+    *(
+        Case(
+            name=f"{kind}-{size}",
+            title=f"{TITLES[kind]}, {' x '.join(map(str, shape))}",
+            make=_make(kind, shape),
+            targets=tuple(
+                Target(
+                    dtype=dtype,
+                    bars={"eager-compile": 1.5},
+                    quick=3 if (kind, size) == QUICK and dtype == "float32" else 0,
+                )
+                for dtype in ("float32", "bfloat16")
+            ),
+            peers=("eager", "eager-compile"),
+            quick_peers=("eager", "eager-compile") if (kind, size) == QUICK else (),
+            modes=MODES.get(kind, ("forward",)),
+        )
+        for kind in EXPRESSIONS
+        for size, shape in SHAPES.items()
+    ),
     Case(
-        name=f"{kind}-{size}",
-        title=f"{TITLES[kind]}, {' x '.join(map(str, shape))}",
-        make=_make(kind, shape),
-        targets=tuple(
-            Target(
-                dtype=dtype,
-                bars={"eager-compile": 1.5},
-                quick=3 if kind == "rescale" and size == "batch" and dtype == "float32" else 0,
-            )
-            for dtype in ("float32", "bfloat16")
-        ),
-        peers=("eager", "eager-compile"),
-        quick_peers=("eager", "eager-compile"),
-        modes=MODES.get(kind, ("forward",)),
-    )
-    for kind in EXPRESSIONS
-    for size, shape in SHAPES.items()
+        name="tiny",
+        title="a call of microseconds: checks the machinery, says nothing about speed",
+        make=_make("ddim", (1, 3, 5, 7)),
+        targets=(Target(dtype="float32", quick=9),),
+        peers=("eager",),
+        quick_peers=("eager",),
+        modes=("forward", "backward", "full"),
+        hidden=True,
+    ),
 )

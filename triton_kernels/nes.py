@@ -29,7 +29,12 @@ def _normals(low, high):
     quarter = (high + 0x20000000).to(tl.uint32) >> 30
     rest = (high - (quarter << 30)).to(tl.uint32).to(tl.int32, bitcast=True)
     angle = rest.to(tl.float32) * 1.4629180792671596e-09  # pi / 2 * 2^-30
-    sine, cosine = tl.sin(angle), tl.cos(angle)
+    # Polynomials on |angle| <= pi / 4: the library's functions keep a stack for large angles.
+    z = angle * angle
+    sine = -0.16666655242443085 + z * (0.008332177996635437 + z * -0.00019517297914717346)
+    sine = angle + angle * z * sine
+    cosine = 0.04166664555668831 + z * (-0.001388736767694354 + z * 2.443845005473122e-05)
+    cosine = 1.0 + z * (-0.5 + z * cosine)
     swap = (quarter & 1) != 0
     first, second = tl.where(swap, sine, cosine), tl.where(swap, cosine, sine)
     first = tl.where(((quarter + 1) & 2) != 0, -first, first)

@@ -16,7 +16,8 @@ from transfuse.methods.diffusion_control.adaptive_guidance import AdaptiveGuidan
 class AdaptiveGuider(BaseGuidance):
     """See ``transfuse.integrations.diffusers.adaptive_guider``."""
 
-    _input_predictions = ["pred_cond", "pred_uncond"]  # noqa: RUF012  (diffusers asks for a list)
+    # diffusers asks for lists.
+    _input_predictions = ["pred_cond", "pred_uncond"]  # type: ignore[assignment]  # noqa: RUF012
     ignore_for_config = ["alphas_cumprod"]  # noqa: RUF012
 
     @register_to_config
@@ -54,7 +55,7 @@ class AdaptiveGuider(BaseGuidance):
         self._hook: Any = None
         self._on = True
 
-    def set_state(self, step: int, num_inference_steps: int, timestep: Tensor) -> None:
+    def set_state(self, step: int, num_inference_steps: int, timestep: Any) -> None:
         """Called by the pipeline at the beginning of each step; step 0 begins a trajectory."""
         super().set_state(step, num_inference_steps, timestep)
         if step == 0:
@@ -106,9 +107,11 @@ class AdaptiveGuider(BaseGuidance):
                 raise RuntimeError("prepare_models was not called around the model")
             sample = self._sample
             label = int(torch.as_tensor(self._timestep).flatten()[0])
-            alpha = float(self.alphas_cumprod[label])
+            alpha = float(self.alphas_cumprod[label])  # type: ignore[index]
         at = guidance.begin(cond.shape[0]).nonzero().flatten().to(cond.device)
-        parts = [None if t is None else t.index_select(0, at) for t in (sample, cond, uncond)]
+        parts: list[Any] = [
+            None if t is None else t.index_select(0, at) for t in (sample, cond, uncond)
+        ]
         out = guidance.combine(self._step, *parts, alpha=alpha)
         self._on = bool(guidance.still_guided.any())
         return cond.index_copy(0, at, out)

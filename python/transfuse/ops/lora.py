@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -66,14 +67,14 @@ def lora_linear(
     _checks.size("x", x, -1, weight.shape[1], "inputs of weight")
     _rank(down, up, weight.shape[1], weight.shape[0])
     chosen, scale = _experts(x, down, scale, expert)
-    own_bias = bias is not None and bias.dim() == 2
+    rows = bias if bias is not None and bias.dim() == 2 else None
 
     def each(part: Tensor, e: int) -> Tensor:
-        shift = bias[e] if own_bias else None
+        shift = None if rows is None else rows[e]
         low = _scaled(F.linear(part, down[e]), scale, e)
         return F.linear(low, up[e], shift)
 
-    return F.linear(x, weight, None if own_bias else bias) + _by_expert(x, chosen, each)
+    return F.linear(x, weight, bias if rows is None else None) + _by_expert(x, chosen, each)
 
 
 def lora_conv2d(
@@ -147,7 +148,7 @@ def lora_conv2d(
     return _by_expert(x, chosen, each)
 
 
-def _layer(x: object, weight: object, bias: object, down: object, up: object, rank: int) -> None:
+def _layer(x: Any, weight: Any, bias: Any, down: Any, up: Any, rank: int) -> None:
     """Kinds, dtypes and devices of the tensors of a layer."""
     for name, value in (("x", x), ("weight", weight), ("down", down), ("up", up)):
         if not isinstance(value, Tensor):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +61,7 @@ class Adapter(nn.Module):
         if not kernel and r > min(out, into):
             raise ValueError(f"r: expected at most min(in, out) = {min(out, into)}, got {r}")
         self.layer, self.routing, self.scale = layer, routing, alpha / r
-        like = {"dtype": layer.weight.dtype, "device": layer.weight.device}
+        like: dict[str, Any] = {"dtype": layer.weight.dtype, "device": layer.weight.device}
         bound = math.sqrt(1.0 / (into * size))
         start = torch.rand(routing.experts, r * size, into * size, generator=generator)
         self.down = nn.Parameter(((2.0 * start - 1.0) * bound).to(**like))
@@ -70,7 +71,7 @@ class Adapter(nn.Module):
             self.bias = nn.Parameter(layer.bias.detach().repeat(routing.experts, 1))
         layer.requires_grad_(False)
         self.merged: int | None = None
-        self._kept: tuple[nn.Parameter, nn.Parameter | None] | None = None
+        self._kept: Any = None
 
     def forward(self, x: Tensor) -> Tensor:
         layer, bias = self.layer, self.layer.bias if self.bias is None else self.bias
@@ -81,12 +82,12 @@ class Adapter(nn.Module):
                     f"expert {expert} is asked for while expert {self.merged} is merged; unmerge()"
                 )
             return layer(x)
-        options = {"scale": self.scale, "expert": expert}
+        options: dict[str, Any] = {"scale": self.scale, "expert": expert}
         if isinstance(layer, nn.Linear):
             return lora_linear(x, layer.weight, bias, self.down, self.up, **options)
         return lora_conv2d(
-            x, layer.weight, bias, self.down, self.up,
-            stride=layer.stride, padding=layer.padding, dilation=layer.dilation, **options,
+            x, layer.weight, bias, self.down, self.up, **options,
+            stride=layer.stride, padding=layer.padding, dilation=layer.dilation,  # type: ignore[arg-type]
         )  # fmt: skip
 
     @torch.no_grad()
@@ -191,8 +192,8 @@ def wrap(
         else:
             adapter = ExpertBias(layer, routing)
         _replace(module, name, adapter)
-    for name, layer in [(n, m) for n, m in module.named_modules() if isinstance(m, NORMS)]:
-        _replace(module, name, ExpertNorm(layer, routing))
+    for name, norm in [(n, m) for n, m in module.named_modules() if isinstance(m, NORMS)]:
+        _replace(module, name, ExpertNorm(norm, routing))
     return routing
 
 
@@ -202,8 +203,10 @@ class ExpertBias(nn.Module):
     def __init__(self, layer: nn.Linear | nn.Conv2d, routing: Routing) -> None:
         super().__init__()
         layer.requires_grad_(False)
-        self.layer, self.routing = layer, routing
-        self.bias = nn.Parameter(layer.bias.detach().repeat(routing.experts, 1))
+        self.layer: Any = layer
+        self.routing = routing
+        bias: Any = layer.bias
+        self.bias = nn.Parameter(bias.detach().repeat(routing.experts, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         # A row (1, O), or one per sample (B, O), beside the layer's own.

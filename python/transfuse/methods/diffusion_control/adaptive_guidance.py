@@ -32,6 +32,7 @@ Deviations from paper and community code, all deliberate:
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -149,10 +150,11 @@ class AdaptiveGuidance:
 
     def reset(self) -> None:
         """Forget the trajectory; call before every new one."""
-        self._guided: Tensor | None = None
-        self._nfe: Tensor | None = None
-        self._switched: Tensor | None = None
-        self._cosine: Tensor | None = None
+        # Tensors from the first step on.
+        self._guided: Any = None
+        self._nfe: Any = None
+        self._switched: Any = None
+        self._cosine: Any = None
         self._count, self._last = 0, -1
 
     @property
@@ -274,7 +276,7 @@ class AdaptiveGuidance:
         self._nfe += 1
         self._nfe[at] += 1
         update = Predict(alpha=alpha if self.space == "original" else None)
-        options = {
+        options: dict[str, Any] = {
             "scale": self.scale,
             "rescale": self.rescale,
             "prediction": self.prediction,
@@ -282,9 +284,10 @@ class AdaptiveGuidance:
         }
         if self.reduce == "batch":
             # The batch's one cosine is that of its samples in a row.
-            rows = [None if t is None else t.reshape(1, -1) for t in (x, cond, uncond)]
+            row = None if x is None else x.reshape(1, -1)
+            own, other = cond.reshape(1, -1), uncond.reshape(1, -1)
             plain = {**options, "rescale": 0.0}
-            measured = cfg_step_with_cosine(*rows, update, space=self.space, **plain)
+            measured = cfg_step_with_cosine(row, own, other, update, space=self.space, **plain)
             out = measured.sample.reshape(cond.shape)
             if self.rescale > 0.0:
                 out = cfg_step(None, cond, uncond, Predict(), **options)

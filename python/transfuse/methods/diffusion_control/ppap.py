@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -350,7 +351,8 @@ def _copy_expert(guide: ExpertGuide, source: int, to: int) -> None:
         parameter[to] = parameter[source]
     for module in guide.network.modules():
         if isinstance(getattr(module, "experts", None), nn.ModuleList):
-            module.experts[to].load_state_dict(module.experts[source].state_dict())
+            own: Any = module.experts
+            own[to].load_state_dict(own[source].state_dict())
 
 
 # -- guidance -------------------------------------------------------------------------------------
