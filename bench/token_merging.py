@@ -299,7 +299,42 @@ def _vit_case(setup: Setup) -> Workload:
 
 _PEERS = ("tomesd", "eager", "eager-compile")
 
+
+def _tiny_case(setup: Setup) -> Workload:
+    generator = setup.generator()
+
+    def draw(tokens: int) -> torch.Tensor:
+        return normal(1, tokens, 5, generator=generator, dtype=setup.dtype, device=setup.device)
+
+    plan = match_tokens(draw(12), 4, backend=setup.backend)
+    tensors = {"x": draw(12), GRAD: draw(8), "rows": plan.rows}
+    eager = lambda t: _eager_merge(t["x"], t["rows"], 8)  # noqa: E731
+    return Workload(
+        tensors=tensors,
+        ours=lambda t: merge_tokens(t["x"], plan, backend=setup.backend),
+        reference=eager,
+        expressions={"eager": eager},
+        yardstick=None,
+        differentiable=("x",),
+        flops=60,
+        bytes=100 * tensors["x"].element_size(),
+        floor_note=COPY_FLOOR,
+        inputs="normal",
+        shape={"x": [1, 12, 5], "merged": 4},
+    )
+
+
 CASES = (
+    Case(
+        name="tiny",
+        title="a call of microseconds: checks the machinery, says nothing about speed",
+        make=_tiny_case,
+        targets=(Target(dtype="float32", quick=9),),
+        peers=("eager",),
+        quick_peers=("eager",),
+        modes=("forward", "backward", "full"),
+        hidden=True,
+    ),
     Case(
         name="merge",
         title="merging half of 4096 tokens of 320 channels",

@@ -66,8 +66,9 @@ class TokenMerging:
     backend: str | None = None
 
     def __post_init__(self) -> None:
-        many = isinstance(self.merged, Sequence) and not isinstance(self.merged, str)
-        counts = list(self.merged) if many else [self.merged]
+        given: object = self.merged
+        many = isinstance(given, Sequence) and not isinstance(given, str)
+        counts: list[Any] = list(given) if many else [given]  # type: ignore[call-overload]
         if any(isinstance(n, bool) or not isinstance(n, int) for n in counts):
             raise TypeError(f"merged: expected whole numbers, got {self.merged!r}")
         if any(n < 0 for n in counts):

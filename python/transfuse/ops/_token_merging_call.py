@@ -12,7 +12,7 @@ from transfuse import _checks
 from transfuse.ops._merge_plan import MergePlan, Roles
 
 AXES = ("B", "N", "C")
-MODES = {"mean": 1, "sum": 0, "amax": 3, "prune": 2}
+MODES: dict[object, int] = {"mean": 1, "sum": 0, "amax": 3, "prune": 2}
 
 
 def check_nearest(
@@ -139,8 +139,8 @@ def check_match(
     return metric, roles, _clamp(merged, roles.limit, tokens)
 
 
-def _clamp(merged: int, limit: int, tokens: int) -> int:
-    count = min(max(merged, 0), limit)
+def _clamp(merged: int | torch.SymInt, limit: int, tokens: int) -> int:
+    count = int(min(max(merged, 0), limit))
     if count != merged and not torch.compiler.is_compiling():
         warnings.warn(
             f"merged: {merged} of {tokens} tokens asked for, between 0 and {limit} can be merged "

@@ -44,7 +44,7 @@ class Nearest(NamedTuple):
     """Cosine similarity (B, N) and token number (B, N) of the nearest reference token."""
 
     similarity: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody asks of a result
 
 
 def _chosen(name: str, backend: str | None, x: Tensor) -> str:
@@ -87,9 +87,9 @@ def nearest_tokens(
     Notes:
         2 B N M C operations and O(B (N + M)) memory: a running maximum, never a score matrix.
         Products are accumulated in float32 (float64 for float64). A vector shorter than 1e-12 is
-        taken as zero and has similarity 0. Equal similarities give the lowest index, and a NaN
-        loses against every number; a token that meets nothing but NaN has similarity NaN. The same
-        bits come out on every run and for every number of threads.
+        taken as zero and has similarity 0, as has one whose length overflows. Equal similarities
+        give the lowest index, and a NaN loses against every number; a token that meets nothing but
+        NaN has similarity NaN. The same bits come out on every run and for every number of threads.
 
         The similarity has derivatives of any order with respect to both sets, the index none.
 

@@ -32,6 +32,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -97,17 +98,15 @@ def push_from_reference(
     if isinstance(reference, Tensor) and reference.dim() == 2:
         reference = reference[None]
     reference = reference.detach() if detach else reference
-    options = {"alpha": alpha, "threshold": threshold, "backend": backend}
-    if variant == "paper":
-        return push_tokens(x, reference, mask=mask, **options)
-    return _push_official(x, reference, mask, **options)
+    push = push_tokens if variant == "paper" else _push_official
+    return push(x, reference, mask=mask, alpha=alpha, threshold=threshold, backend=backend)
 
 
 def _push_official(
     x: Tensor,
     reference: Tensor,
-    mask: Tensor | None,
     *,
+    mask: Tensor | None,
     alpha: float,
     threshold: float,
     backend: str | None,
@@ -219,8 +218,16 @@ def push_all_pairs(
     pushed = []
     for f in range(x.shape[0]):
         others = torch.cat([x[:f], x[f + 1 :]]).flatten(0, 1)
-        options = {"alpha": alpha, "threshold": threshold, "detach": detach, "backend": backend}
-        pushed.append(push_from_reference(x[f : f + 1], others, **options))
+        pushed.append(
+            push_from_reference(
+                x[f : f + 1],
+                others,
+                alpha=alpha,
+                threshold=threshold,
+                detach=detach,
+                backend=backend,
+            )
+        )
     return torch.cat(pushed)
 
 
@@ -337,33 +344,35 @@ class NegToMe(HookHandle):
 
     # ---- where ----------------------------------------------------------------------------------
 
-    def _places(self, model: nn.Module) -> dict[str, Callable[[], list[Any]]]:
+    def _places(self, model: Any) -> dict[str, Callable[[], list[Any]]]:
         """Name of a place -> what hooks it."""
+        places: dict[str, Callable[[], list[Any]]] = {}
         if self._joint:
-            places = {
-                f"transformer_blocks.{n}": lambda block=block: [
-                    block.attn.to_out[0].register_forward_pre_hook(self._joint_hook)
-                ]
-                for n, block in enumerate(model.transformer_blocks)
-            }
-            places |= {
-                f"single_transformer_blocks.{n}": lambda block=block: [
-                    block.register_forward_pre_hook(self._length_hook, with_kwargs=True),
-                    block.attn.register_forward_hook(self._single_hook),
-                ]
-                for n, block in enumerate(model.single_transformer_blocks)
-            }
+            for n, block in enumerate(model.transformer_blocks):
+                places[f"transformer_blocks.{n}"] = partial(self._hook_joint, block)
+            for n, block in enumerate(model.single_transformer_blocks):
+                places[f"single_transformer_blocks.{n}"] = partial(self._hook_single, block)
             return places
         decoder = hasattr(model, "up_blocks")
         found = find_attention(model, self_only=not decoder)
-        if decoder:
-            found = {name: layer for name, layer in found.items() if "up_blocks" in name}
-        if not found:
+        for name, layer in found.items():
+            if not decoder or "up_blocks" in name:
+                places[name] = partial(self._hook_layer, layer)
+        if not places:
             raise ValueError(f"{type(model).__name__} has no self-attention layer to push")
-        return {
-            name: lambda layer=layer: [layer.register_forward_hook(self._layer_hook)]
-            for name, layer in found.items()
-        }
+        return places
+
+    def _hook_joint(self, block: Any) -> list[Any]:
+        return [block.attn.to_out[0].register_forward_pre_hook(self._joint_hook)]
+
+    def _hook_single(self, block: Any) -> list[Any]:
+        return [
+            block.register_forward_pre_hook(self._length_hook, with_kwargs=True),
+            block.attn.register_forward_hook(self._single_hook),
+        ]
+
+    def _hook_layer(self, layer: nn.Module) -> list[Any]:
+        return [layer.register_forward_hook(self._layer_hook)]
 
     # ---- hooks ----------------------------------------------------------------------------------
 
