@@ -1,14 +1,15 @@
-"""Token merging on real timm vision transformers with random tiny configurations."""
+"""Token merging and fused windows on real timm models with random tiny configurations."""
 
 from __future__ import annotations
 
 import builtins
+import copy
 import sys
 
 import pytest
 import torch
 
-from transfuse.integrations.timm import TokenMerging, patch
+from transfuse.integrations.timm import SwinAttention, TokenMerging, patch
 
 
 def _import_timm():
@@ -229,3 +230,74 @@ def test_the_error_without_timm_names_the_extra(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=r"transfuse\[timm\]"):
         patch(None, TokenMerging())
+
+
+# -- Swin ---------------------------------------------------------------------------------------
+
+
+def swin(**changes):
+    from timm.models.swin_transformer import SwinTransformer
+
+    torch.manual_seed(0)
+    config = {
+        "img_size": 64,
+        "patch_size": 4,
+        "window_size": 4,
+        "embed_dim": 24,
+        "depths": (2, 2),
+        "num_heads": (2, 3),
+        "num_classes": 5,
+        **changes,
+    }
+    model = SwinTransformer(**config).eval()
+    with torch.no_grad():
+        # A freshly initialised table is too small to be missed.
+        for module in model.modules():
+            if hasattr(module, "relative_position_bias_table"):
+                module.relative_position_bias_table.normal_()
+    return model
+
+
+@needs_timm
+@pytest.mark.parametrize("changes", [{}, {"window_size": (4, 8)}, {"window_size": 16}])
+def test_swin_computes_the_same_and_is_restored(changes):
+    model = swin(**changes)
+    with torch.no_grad():
+        plain = model(images(size=64))
+        with patch(model, SwinAttention()) as handle:
+            fused = model(images(size=64))
+        assert len(handle.layers) == 4
+        torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5)
+        assert not torch.equal(fused, torch.zeros_like(fused))
+        assert torch.equal(model(images(size=64)), plain)
+
+
+@needs_timm
+def test_gradients_equal_the_models():
+    model = swin().double()
+    other = copy.deepcopy(model)
+    x = images(size=64).double()
+    model(x).square().sum().backward()
+    patch(other, SwinAttention())
+    other(x).square().sum().backward()
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-8, atol=1e-10, msg=name)
+
+
+@needs_timm
+def test_refuses_what_it_cannot_do():
+    model = swin()
+    with pytest.raises(TypeError, match="expected a timm Swin model"):
+        patch(torch.nn.Linear(2, 2), SwinAttention())
+    with pytest.raises(TypeError, match="expected TokenMerging or SwinAttention"):
+        patch(model, object())
+    handle = patch(model, SwinAttention())
+    with pytest.raises(ValueError, match="patched already"):
+        patch(model, SwinAttention())
+    handle.remove()
+    ragged = swin(img_size=56, strict_img_size=False)
+    with patch(ragged, SwinAttention()), pytest.raises(ValueError, match="whole 4 x 4 windows"):
+        ragged(images(size=56))
+    dropping = swin(attn_drop_rate=0.1).train()
+    with patch(dropping, SwinAttention()), pytest.raises(ValueError, match="dropout"):
+        dropping(images(size=64))

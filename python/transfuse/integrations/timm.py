@@ -1,17 +1,18 @@
-"""transfuse in timm: token merging in vision transformers (ToMe).
+"""transfuse in timm: token merging (ToMe) in vision transformers, fused windows in Swin ones.
 
 One line puts it on a model, ``remove()`` or leaving ``with`` takes it off exactly::
 
-    from transfuse.integrations.timm import TokenMerging, patch
+    from transfuse.integrations.timm import SwinAttention, TokenMerging, patch
 
-    handle = patch(model, TokenMerging(merged=16))      # 16 tokens fewer after every block
+    handle = patch(vit, TokenMerging(merged=16))        # 16 tokens fewer after every block
+    handle = patch(swin, SwinAttention())               # shifted windows in one kernel
 
-Covers timm's ``VisionTransformer`` with plain ``Block`` and ``Attention`` layers.
+Covers timm's ``VisionTransformer`` with plain ``Block`` and ``Attention`` layers, and models of
+``SwinTransformerBlock``.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transfuse.methods._hooks import HookHandle
+from transfuse.integrations._timm_windows import SwinAttention
+from transfuse.methods._hooks import HookHandle, Replaced
 from transfuse.ops import KV, attend, match_tokens, merge_tokens
 
-__all__ = ["HookHandle", "TokenMerging", "patch"]
+__all__ = ["HookHandle", "SwinAttention", "TokenMerging", "patch"]
 
 
 def _vision_transformer():
@@ -105,22 +107,10 @@ class TokenMerging:
         sizes: dict[int, Tensor | None] = {0: None}
         prefix = tuple(range(model.num_prefix_tokens))
         parts: list[Any] = [
-            _Forward(block, _MergingBlock(self, block, number, count, prefix, sizes))
+            Replaced(block, "forward", _MergingBlock(self, block, number, count, prefix, sizes))
             for number, (block, count) in enumerate(zip(blocks, counts, strict=True))
         ]
         return HookHandle(tuple(f"blocks.{number}" for number in range(len(blocks))), parts)
-
-
-class _Forward:
-    """An instance's own ``forward``, until removed."""
-
-    def __init__(self, module: nn.Module, forward: Any) -> None:
-        self._module = module
-        functools.update_wrapper(forward, module.forward)
-        module.forward = forward
-
-    def remove(self) -> None:
-        del self._module.forward
 
 
 class _MergingBlock:
@@ -181,21 +171,23 @@ class _MergingBlock:
         return attn.proj_drop(attn.proj(out)), key.mean(1)
 
 
-def patch(model: nn.Module, method: TokenMerging) -> HookHandle:
-    """Put token merging on a timm vision transformer.
+def patch(model: nn.Module, method: TokenMerging | SwinAttention) -> HookHandle:
+    """Put a method on a timm model.
 
     Args:
-        model: A timm ``VisionTransformer``.
-        method: :class:`TokenMerging`.
+        model: A timm model.
+        method: :class:`TokenMerging` or :class:`SwinAttention`.
 
     Returns:
         The handle: ``remove()`` restores the model exactly, leaving ``with`` does too.
 
     Raises:
         ImportError: timm is not installed; the message names the extra.
-        TypeError, ValueError: The method does not fit the model; see ``TokenMerging.attach``.
+        TypeError, ValueError: The method does not fit the model; see its ``attach``.
     """
     _vision_transformer()
-    if not isinstance(method, TokenMerging):
-        raise TypeError(f"method: expected TokenMerging, got {type(method).__name__}")
+    if not isinstance(method, TokenMerging | SwinAttention):
+        raise TypeError(
+            f"method: expected TokenMerging or SwinAttention, got {type(method).__name__}"
+        )
     return method.attach(model)

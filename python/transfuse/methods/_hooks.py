@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from transfuse._registry import near_matches
 
@@ -45,6 +46,25 @@ class HookHandle:
     def __repr__(self) -> str:
         state = "installed" if self.installed else "removed"
         return f"{type(self).__name__}({len(self.layers)} layers, {state})"
+
+
+class Replaced:
+    """A method of one module instance, replaced until removed.
+
+    Args:
+        module: The module.
+        name: The method's name; the instance must not have its own already.
+        function: What is called instead.
+    """
+
+    def __init__(self, module: nn.Module, name: str, function: Callable[..., Any]) -> None:
+        self._module, self._name = module, name
+        functools.update_wrapper(function, getattr(module, name))
+        setattr(module, name, function)
+
+    def remove(self) -> None:
+        """Give the instance its class's method back."""
+        delattr(self._module, self._name)
 
 
 def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Tensor:
