@@ -194,7 +194,7 @@ def test_training_and_gradient_checkpointing():
 def test_refusals():
     with pytest.raises(TypeError, match="model: expected a timm VisionTransformer, got Linear"):
         patch(torch.nn.Linear(2, 2), TokenMerging())
-    with pytest.raises(TypeError, match="method: expected TokenMerging, got int"):
+    with pytest.raises(TypeError, match="expected TokenMerging or SwinAttention, got int"):
         patch(vit(), 8)
     with pytest.raises(ValueError, match="merged: expected 3 numbers, one per block"):
         patch(vit(), TokenMerging(merged=(1, 2)))
