@@ -165,7 +165,9 @@ def _backward_of_forward(ctx, grad_out, grad_lse):
     grads = vjp(ctx.static, tensors, (out, lse), (grad_out, grad_lse), needs)
     parts = core_of(grads, sources)
     biases = [g for g, at in zip(parts.biases, ctx.bias_at, strict=True) if at >= 0]
-    return parts.query, parts.keys, parts.values, biases, None, None, None, None, None, None
+    # torch wants the gradient of an empty list to be one.
+    windows = None if ctx.static.windows else []
+    return parts.query, parts.keys, parts.values, biases, None, None, None, None, None, windows
 
 
 _RULES = rules(Calls(_forward, _backward, _jvp, _jvp_backward))
