@@ -53,7 +53,8 @@ def run_parser() -> argparse.ArgumentParser:
         prog="python -m transfuse.bench",
         description="Time transfuse's ops against what their users would write today.",
         allow_abbrev=False,
-        epilog="To compare two records: python -m transfuse.bench compare OLD.json NEW.json",
+        epilog="To compare two records: python -m transfuse.bench compare OLD.json NEW.json; "
+        "records as a Markdown table: python -m transfuse.bench table RECORD.json ...",
     )
     parser.add_argument(
         "ops", nargs="*", metavar="OP", help=f"{', '.join(OP_MODULES)} (default: all)"
@@ -97,6 +98,16 @@ def compare_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def table_parser() -> argparse.ArgumentParser:
+    """Arguments of a table of records."""
+    parser = argparse.ArgumentParser(
+        prog="python -m transfuse.bench table",
+        description="Print records as one Markdown table: each case against its best peer.",
+    )
+    parser.add_argument("records", nargs="+", type=Path, metavar="RECORD.json")
+    return parser
+
+
 def main(arguments: Sequence[str] | None = None, *, restart: bool = False) -> int:
     """Run the command line.
 
@@ -112,6 +123,10 @@ def main(arguments: Sequence[str] | None = None, *, restart: bool = False) -> in
         if arguments[:1] == ["compare"]:
             options = compare_parser().parse_args(arguments[1:])
             return _compare(options.old, records.load(options.new), options.fail_over)
+        if arguments[:1] == ["table"]:
+            paths = table_parser().parse_args(arguments[1:]).records
+            print(report.markdown_table({str(path): records.load(path) for path in paths}))
+            return EXIT_OK
         options = run_parser().parse_args(arguments)
         if restart and not options.list:
             wanted = "default" if options.allocator == "default" else "warm"

@@ -144,6 +144,28 @@ def summary_table(record: Mapping[str, object]) -> str:
     return table("transfuse against the best peer", columns, rows) + _footnote(record)
 
 
+def markdown_table(named: Mapping[str, Mapping[str, object]]) -> str:
+    """Records by path as one Markdown table: what README shows of them."""
+    lines = [
+        "| case | dtype | mode | transfuse | best peer | ratio | of floor | record |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for path, record in named.items():
+        name = Path(path).stem
+        for result in record["results"]:
+            if result["status"] != "ok" or result["ratio"] is None:
+                continue
+            ours = next(c for c in result["candidates"] if c["role"] == "transfuse")
+            best = next(c for c in result["candidates"] if c["name"] == result["best_peer"])
+            lines.append(
+                f"| {result['title']} | {result['dtype']} | {result['mode']} "
+                f"| {_milliseconds(ours['p50'])} ms "
+                f"| {_milliseconds(best['p50'])} ms, {best['name']} | {result['ratio']:.2f} x "
+                f"| {100 * result['floor_share']:.0f} % | [{name}]({path}) |"
+            )
+    return "\n".join(lines)
+
+
 def _footnote(record: Mapping[str, object]) -> str:
     environment, limits = record["environment"], record["limits"]
     lines = [

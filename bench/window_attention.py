@@ -207,6 +207,7 @@ def _global(layer: Layer) -> Callable[[Setup], Workload]:
 
 
 SDPA = ("sdpa", "sdpa-compile")
+DERIVATIVES = ("forward", "backward", "full")
 
 CASES = (
     Case(
@@ -220,7 +221,7 @@ CASES = (
         ),
         peers=SDPA,
         quick_peers=("sdpa",),
-        modes=("forward", "full"),
+        modes=DERIVATIVES,
     ),
     Case(
         name="sd15",
@@ -228,7 +229,7 @@ CASES = (
         make=_windowed(SD15),
         targets=(Target(dtype="float32", bar=1.25), Target(dtype="bfloat16", bar=2.0)),
         peers=SDPA,
-        modes=("forward", "full"),
+        modes=DERIVATIVES,
     ),
     Case(
         name="sdxl",
@@ -236,7 +237,7 @@ CASES = (
         make=_windowed(SDXL_1024),
         targets=(Target(dtype="float32"),),
         peers=SDPA,
-        modes=("forward", "full"),
+        modes=DERIVATIVES,
     ),
     Case(
         name="sdxl-global",
@@ -251,6 +252,16 @@ CASES = (
         make=_windowed(SDXL_2048),
         targets=(Target(dtype="bfloat16", bar=2.0),),
         peers=SDPA,
-        modes=("forward", "full"),
+        modes=DERIVATIVES,
+    ),
+    Case(
+        name="tiny",
+        title="a call of microseconds: checks the machinery, says nothing about speed",
+        make=_windowed(Layer(1, 2, 8, 4, 4, 2, swin=True)),
+        targets=(Target(dtype="float32", quick=9),),
+        peers=("sdpa", "natten"),
+        quick_peers=("sdpa", "natten"),
+        modes=DERIVATIVES,
+        hidden=True,
     ),
 )

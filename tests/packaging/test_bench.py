@@ -460,6 +460,16 @@ class TestCompare:
         assert main(["compare", str(tmp_path / "bad.json"), str(tmp_path / "bad.json")]) == 2
         assert capsys.readouterr().err.count("\n") == 1
 
+    def test_table_shows_each_case_with_its_best_peer(self, old, tmp_path, capsys):
+        path = tmp_path / "machine.json"
+        records.save(old, path)
+        assert main(["table", str(path)]) == 0
+        *_, row = capsys.readouterr().out.splitlines()
+        result = old["results"][0]
+        assert row.startswith(f"| {result['title']} | {result['dtype']} | {result['mode']} |")
+        assert f", {result['best_peer']} | {result['ratio']:.2f} x |" in row
+        assert row.endswith(f"[machine]({path}) |")
+
     @pytest.mark.parametrize("factor", ["1.0", "0.5", "nan", "inf", "x"])
     def test_a_bad_factor_is_refused(self, factor):
         with pytest.raises(SystemExit) as exit_info:

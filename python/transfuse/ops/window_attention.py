@@ -190,10 +190,25 @@ def window_reverse(
     window: str | int | Sequence[int] = "half",
     shift: int | Sequence[int] = 0,
 ) -> Tensor:
-    """Inverse of :func:`window_partition`: (B * windows, L, C) back to (B, N, C).
+    """Windows put back in their places: the inverse of :func:`window_partition`.
+
+    Args:
+        windows: (B * windows, L, C), as :func:`window_partition` gives them.
+
+    Keyword Args:
+        size, window, shift: as they were there.
+
+    Returns:
+        (B, N, C). What stands in slots beyond the edge is dropped.
 
     Raises:
         TypeError, ValueError: an argument that does not fit.
+
+    Example:
+        >>> import torch
+        >>> from transfuse.ops import window_reverse
+        >>> window_reverse(torch.randn(4, 6, 5), size=(4, 6), window=(2, 3)).shape
+        torch.Size([1, 24, 5])
     """
     _checks.tensor("windows", windows, ("B * windows", "L", "C"))
     own = _windows.grid(size, window, shift)
