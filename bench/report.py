@@ -157,11 +157,13 @@ def markdown_table(named: Mapping[str, Mapping[str, object]]) -> str:
                 continue
             ours = next(c for c in result["candidates"] if c["role"] == "transfuse")
             best = next(c for c in result["candidates"] if c["name"] == result["best_peer"])
+            share = result["floor_share"]
+            floor = "-" if share is None else f"{100 * share:.0f} %"
             lines.append(
                 f"| {result['title']} | {result['dtype']} | {result['mode']} "
                 f"| {_milliseconds(ours['p50'])} ms "
                 f"| {_milliseconds(best['p50'])} ms, {best['name']} | {result['ratio']:.2f} x "
-                f"| {100 * result['floor_share']:.0f} % | [{name}]({path}) |"
+                f"| {floor} | [{name}]({path}) |"
             )
     return "\n".join(lines)
 

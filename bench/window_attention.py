@@ -156,6 +156,7 @@ def _windowed(layer: Layer) -> Callable[[Setup], Workload]:
             expressions={"sdpa": sdpa},
             yardstick="sdpa" if setup.dtype != torch.float32 else None,
             differentiable=("query", "key", "value", *(("bias",) if layer.swin else ())),
+            heads=None if layer.swin else layer.heads,
             flops=round(WORK[setup.mode] * work),
             bytes=moved if setup.mode == "forward" else 2 * moved,
             floor_note=FLOOR,
