@@ -691,3 +691,18 @@ class TestMain:
 def fake_limits(device: torch.device, *, seconds: float) -> dict[str, object]:
     return {"peak_gflops": {"float32": 100.0}, "copy_gbps": 10.0, "matmul_gflops": {},
             "kernel_gflops": None}  # fmt: skip
+
+
+def test_a_step_of_a_unet_with_and_without_patches(tmp_path, capsys):
+    pytest.importorskip("diffusers")
+    from transfuse.bench import unet_step
+
+    path = tmp_path / "step.json"
+    arguments = ["--width", "160", "--side", "16", "--repeats", "1", "--json", str(path)]
+    assert unet_step.main(arguments) == 0
+    record = json.loads(path.read_text())
+    assert set(record["results"]) == {"none", *unet_step.patches()}
+    assert record["results"]["none"]["speed_up"] == 1.0
+    assert "hi_diffusion" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        unet_step.main(["--width", "40"])
