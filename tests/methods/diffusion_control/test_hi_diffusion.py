@@ -302,6 +302,14 @@ def test_layers_that_cannot_be_windowed():
         with pytest.raises(ValueError, match=r"shape \(B, C, H, W\), got \(8, 12\)"):
             model(sample[0, 0], x)
 
+    model.block.attn1.residual_connection = True
+    with (
+        HiDiffusion(model, options(odd="resize"), layers=["block"]),
+        pytest.raises(ValueError, match=r"odd='resize' needs a layer on \(B, N, C\)"),
+    ):
+        model(torch.zeros(1, 1, 5, 4), x[:, :20])
+    del model.block.attn1.residual_connection
+
     def shorten(layer, args):
         return (args[0][:, :24],)  # a grid of its own: 4 x 6
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,13 @@ SUPPORTED = (
 )
 
 Size = tuple[int, int]
+
+# Arguments of the model with features of a T2I-Adapter, and of a ControlNet.
+_RESIDUALS = (
+    "down_intrablock_additional_residuals",
+    "down_block_additional_residuals",
+    "mid_block_additional_residual",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +98,7 @@ class StridedDownsampler:
 
     def __init__(self, downsampler: nn.Module, active: Callable[[], bool]) -> None:
         self._active = active
-        self._widened: list[nn.Conv2d] = []
+        self._widened: list[tuple[nn.Conv2d, tuple[Any, ...]]] = []
         self._hooks = (
             downsampler.register_forward_pre_hook(self._widen),
             downsampler.register_forward_hook(self._narrow, always_call=True),
@@ -99,16 +107,16 @@ class StridedDownsampler:
     def _widen(self, downsampler: nn.Module, args: tuple[Any, ...]) -> None:
         self._restore()  # an interrupt leaves a call without its second hook
         if self._active():
-            self._widened = _convolutions(downsampler)
-            for layer in self._widened:
+            for layer in _convolutions(downsampler):
+                self._widened.append((layer, (layer.stride, layer.padding, layer.dilation)))
                 layer.stride, layer.padding, layer.dilation = (4, 4), (2, 2), (2, 2)
 
     def _narrow(self, downsampler: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._restore()
 
     def _restore(self) -> None:
-        for layer in self._widened:
-            layer.stride, layer.padding, layer.dilation = (2, 2), (1, 1), (1, 1)
+        for layer, was in self._widened:
+            layer.stride, layer.padding, layer.dilation = was
         self._widened = []
 
     def remove(self) -> None:
@@ -128,6 +136,18 @@ def check_downsampler(name: str, downsampler: nn.Module) -> None:
         raise ValueError(
             f"{name}: RAU-Net needs a downsampler with a 3 x 3 convolution of stride 2 and zero "
             "padding 1; choose raunet=False"
+        )
+
+
+def check_upsampler(name: str, upsampler: nn.Module) -> None:
+    """Refuse an upsampler that cannot be told its output size.
+
+    Raises:
+        ValueError: Naming the block.
+    """
+    if list(inspect.signature(upsampler.forward).parameters)[1:2] != ["output_size"]:
+        raise ValueError(
+            f"{name}: RAU-Net needs upsamplers that take an output_size; choose raunet=False"
         )
 
 
@@ -181,12 +201,10 @@ class RAUNet:
         left = sum(len(block.resnets) for block in self._up)
         for block in self._up[:-1]:
             left -= len(block.resnets)
-            self._parts.append(
-                block.register_forward_pre_hook(
-                    lambda module, args, kwargs, left=left: self._to_skip(args, kwargs, left),
-                    with_kwargs=True,
+            for upsampler in _list(block, "upsamplers"):
+                self._parts.append(
+                    upsampler.register_forward_pre_hook(functools.partial(self._to_skip, left))
                 )
-            )
 
     def _check(self) -> None:
         layout, count = self._layout, len(self._down)
@@ -204,13 +222,14 @@ class RAUNet:
                     f"got {len(mirrored.resnets)} in up_blocks.{count - 1 - i} and "
                     f"{len(block.resnets)} in down_blocks.{i}; choose raunet=False"
                 )
-            downsamplers = getattr(block, "downsamplers", None)
-            if downsamplers:
-                check_downsampler(f"down_blocks.{i}", downsamplers)
-            elif i == layout.strided:
-                raise ValueError(
-                    f"RAU-Net needs a downsampler in down_blocks.{i}; choose raunet=False"
-                )
+            for downsampler in _list(block, "downsamplers"):
+                check_downsampler(f"down_blocks.{i}", downsampler)
+            for upsampler in _list(mirrored, "upsamplers"):
+                check_upsampler(f"up_blocks.{count - 1 - i}", upsampler)
+        if not _list(self._down[layout.strided], "downsamplers"):
+            raise ValueError(
+                f"RAU-Net needs a downsampler in down_blocks.{layout.strided}; choose raunet=False"
+            )
 
     def begin(self, size: Size, *, strided: bool, pooled: bool) -> None:
         """Set which devices act in the call that follows, on a latent of this size."""
@@ -230,7 +249,7 @@ class RAUNet:
                 if self._pooled and i == self._layout.pooled and j == 0:
                     size = _parts(size, 2)
                 sizes.append(size)
-            if getattr(block, "downsamplers", None):
+            if _list(block, "downsamplers"):
                 size = _parts(size, 4 if self._strided and i == self._layout.strided else 2)
                 sizes.append(size)
         return sizes, size
@@ -251,11 +270,11 @@ class RAUNet:
         size = self._pooled_size
         return _first(output, lambda x: restore_features(x, size))
 
-    def _to_skip(self, args: tuple[Any, ...], kwargs: dict[str, Any], left: int) -> Any:
-        """Tell an up block the size of the skip connection that its output will meet."""
+    def _to_skip(self, left: int, upsampler: nn.Module, args: tuple[Any, ...]) -> Any:
+        """Give an upsampler the size of the skip connection that its output will meet."""
         if not self.active:
             return None
-        return args, {**kwargs, "upsample_size": self._skips[left - 1]}
+        return args[0], self._skips[left - 1]
 
     def fit_residuals(self, given: dict[str, Any]) -> dict[str, Any]:
         """A ControlNet's residuals at the sizes of this call.
@@ -286,17 +305,16 @@ class RAUNet:
         self._parts = []
 
 
-_RESIDUALS = (
-    "down_intrablock_additional_residuals",
-    "down_block_additional_residuals",
-    "mid_block_additional_residual",
-)
-
-
-def _layers(block: Any) -> nn.ModuleList:
+def _layers(block: Any) -> list[Any]:
     """What follows the resnets of a block one by one: its attentions, or the resnets themselves."""
-    attentions = getattr(block, "attentions", None)
-    return attentions if attentions else block.resnets
+    attentions = _list(block, "attentions")
+    return attentions if attentions else list(block.resnets)
+
+
+def _list(block: Any, name: str) -> list[Any]:
+    """The modules of one of a block's lists; none where it has no such list."""
+    found = getattr(block, name, None)
+    return [] if found is None else list(found)
 
 
 def _parts(size: Size, divisor: int) -> Size:
