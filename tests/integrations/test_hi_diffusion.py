@@ -228,11 +228,12 @@ def test_steps_between_listed_times_and_before_the_first():
     assert not torch.equal(on, plain[0])
     assert not torch.equal(also_on, plain[1])
     assert torch.equal(off, plain[2])
+    raunet = HiDiffusion(model)
     for timesteps, error in (([], ValueError), (["a"], TypeError)):
         with pytest.raises(error, match="timesteps: expected"):
-            HiDiffusion(model).set_timesteps(timesteps)
+            raunet.set_timesteps(timesteps)
     with pytest.raises(TypeError, match="follow: expected a pipeline with a scheduler"):
-        HiDiffusion(model).follow(model)
+        raunet.follow(model)
 
 
 def test_an_interrupted_call_leaves_nothing():
@@ -262,14 +263,28 @@ def test_an_interrupted_call_leaves_nothing():
 
 def test_adapters_and_other_structures_are_refused():
     model = tiny_unet(**SD)
-    down, _ = residuals(model, (16, 16))
+    down, mid = residuals(model, (16, 16))
     with HiDiffusion(model, always(strided=True)).set_timesteps(RUN):
+        with pytest.raises(ValueError, match=r"residuals: expected 12 residuals .* got 3"):
+            run(
+                model,
+                down_block_additional_residuals=down[:3],
+                mid_block_additional_residual=mid,
+            )
         for extra in (
             {"down_intrablock_additional_residuals": list(down)},
             {"down_block_additional_residuals": down},
         ):
             with pytest.raises(ValueError, match=r"T2I-Adapter adds its own: use it with raunet="):
                 run(model, **extra)
+        with pytest.raises(ValueError, match="has a RAU-Net already"):
+            HiDiffusion(model, HiDiffusionOptions(windows=False))
+    wrong = HiDiffusionOptions(windows=False, schedule=lambda latent, steps: (0, 3))
+    with (
+        HiDiffusion(model, wrong).set_timesteps(RUN),
+        pytest.raises(TypeError, match=r"schedule: expected it to return a RAUSchedule, got \(0"),
+    ):
+        run(model)
     deep = tiny_unet(
         block_out_channels=(8, 8, 16),
         down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
@@ -355,9 +370,8 @@ def test_layouts_of_the_real_models():
                     "sdxl": RAUSchedule(range(8), range(8, 20)),
                 }[name]
             )
-            turbo = HiDiffusion(model, HiDiffusionOptions(model="sdxl_turbo"))
+        with HiDiffusion(model, HiDiffusionOptions(model="sdxl_turbo")) as turbo:
             assert turbo.schedule((128, 128), 4) == RAUSchedule(range(0), range(2))
-            turbo.remove()
 
 
 def test_an_inpainting_unet_is_not_aggressive():

@@ -140,6 +140,30 @@ def test_downsampler_of_the_official_code(case):
     assert (layer.stride, layer.padding, layer.dilation) == ((2, 2), (1, 1), (1, 1))
 
 
+def test_an_adapter_beside_the_convolution_is_widened_with_it():
+    """Low-rank adapters of a convolution: one of the same geometry, then one of 1 x 1."""
+
+    class Adapted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base = nn.Conv2d(3, 4, 3, stride=2, padding=1)
+            self.down = nn.Conv2d(3, 2, 3, stride=2, padding=1, bias=False)
+            self.up = nn.Conv2d(2, 4, 1, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.base(x) + self.up(self.down(x))
+
+    layer, x = Adapted(), torch.randn(1, 3, 13, 10)
+    weight = layer.base.weight + torch.einsum(
+        "or,rihw->oihw", layer.up.weight[:, :, 0, 0], layer.down.weight
+    )
+    expected = F.conv2d(x, weight, layer.base.bias, stride=4, padding=2, dilation=2)
+    device = StridedDownsampler(layer, lambda: True)
+    torch.testing.assert_close(layer(x), expected)
+    device.remove()
+    torch.testing.assert_close(layer(x), F.conv2d(x, weight, layer.base.bias, 2, 1))
+
+
 def test_pooled_block_of_the_official_code():
     params, x = DATA.params("raupool"), DATA.inputs("raupool")["x"]
     schedule = rau_schedule(params["model"], tuple(params["latent"]), params["steps"])

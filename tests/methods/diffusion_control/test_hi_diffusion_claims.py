@@ -81,3 +81,14 @@ def test_the_table_of_steps(model, latent, options, rows):
         schedule = rau_schedule(model, latent, steps, **options)
         for acting, bounds in zip((schedule.strided, schedule.pooled), expected, strict=True):
             assert list(acting) == list(range(*bounds)) if bounds else not acting
+
+
+def test_the_picture_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    gallery = pytest.importorskip("transfuse.bench.gallery.hi_diffusion", exc_type=ImportError)
+    path = tmp_path / "hi_diffusion.png"
+    if gallery.main(["--out", str(path), "--size", "12", "17"]) == 2:
+        pytest.skip("the photographs are not available")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit):
+        gallery.main(["--out", str(path), "--size", "4", "40"])

@@ -226,10 +226,14 @@ class RAUNet:
                 check_downsampler(f"down_blocks.{i}", downsampler)
             for upsampler in _list(mirrored, "upsamplers"):
                 check_upsampler(f"up_blocks.{count - 1 - i}", upsampler)
-        if not _list(self._down[layout.strided], "downsamplers"):
+        strided = _list(self._down[layout.strided], "downsamplers")
+        if not strided:
             raise ValueError(
                 f"RAU-Net needs a downsampler in down_blocks.{layout.strided}; choose raunet=False"
             )
+        for hook in strided[0]._forward_pre_hooks.values():
+            if isinstance(getattr(hook, "__self__", None), StridedDownsampler):
+                raise ValueError("the model has a RAU-Net already; remove() that one first")
 
     def begin(self, size: Size, *, strided: bool, pooled: bool) -> None:
         """Set which devices act in the call that follows, on a latent of this size."""
@@ -283,7 +287,7 @@ class RAUNet:
             given: Arguments of the model by name.
 
         Raises:
-            ValueError: Residuals of an adapter, which lie inside the resized blocks.
+            ValueError: Residuals of an adapter, which lie inside the resized blocks, or too few.
         """
         if not self.active or not self._residuals:
             return {}
@@ -293,8 +297,13 @@ class RAUNet:
                 "RAU-Net resizes features inside the blocks, to which a T2I-Adapter adds its own: "
                 "use it with raunet=False"
             )
-        if skips is None:
+        if skips is None or middle is None:
             return {}
+        if len(skips) != len(self._skips):
+            raise ValueError(
+                f"{_RESIDUALS[1]}: expected {len(self._skips)} residuals (one per skip "
+                f"connection), got {len(skips)}"
+            )
         fitted = tuple(_fit(x, size) for x, size in zip(skips, self._skips, strict=True))
         return {_RESIDUALS[1]: fitted, _RESIDUALS[2]: _fit(middle, self._middle)}
 

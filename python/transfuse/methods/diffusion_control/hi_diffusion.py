@@ -310,12 +310,16 @@ class HiDiffusion(ModelPatch):
 
         Raises:
             ValueError: RAU-Net is not in use.
+            TypeError: The schedule of the options gave something else.
         """
         options, layout = self.options, self._layout
         if layout is None or not options.raunet:
             raise ValueError("schedule: raunet is False")
         if options.schedule is not None:
-            return options.schedule(latent, steps)
+            made = options.schedule(latent, steps)
+            if not isinstance(made, RAUSchedule):
+                raise TypeError(f"schedule: expected it to return a RAUSchedule, got {made!r}")
+            return made
         aggressive = options.aggressive
         if aggressive is None:
             aggressive = _input_channels(self.model) != _INPAINTING_CHANNELS
