@@ -36,6 +36,7 @@ Deviations from the official code, all deliberate:
 from __future__ import annotations
 
 import inspect
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -90,6 +91,7 @@ __all__ = [
 _TIME_ARGUMENTS = ("timestep", "timesteps")
 _REDRAW = ("call", "timestep")
 _INPAINTING_CHANNELS = 9
+_REMEMBERED = 10_000  # calls; a server runs for ever
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,7 +254,7 @@ class HiDiffusion(ModelPatch):
             )
         self._generator = torch.Generator().manual_seed(options.seed)
         self._run = RunSteps()
-        self._drawn: list[tuple[int, ...]] = []
+        self._drawn: deque[tuple[int, ...]] = deque(maxlen=_REMEMBERED)
         self._replayed: Iterator[tuple[int, ...]] | None = None
         self._last_time: float | None = None
         self._call: _Call | None = None
@@ -289,6 +291,10 @@ class HiDiffusion(ModelPatch):
 
     def follow(self, source: Any) -> HiDiffusion:
         """Take the steps of each run from a pipeline's scheduler, or from a scheduler.
+
+        A run that starts within the list (image-to-image) counts from where the scheduler says it
+        begins, as the official code does; with one that does not say (DDIM), from the list's first
+        step. :meth:`set_timesteps` decides.
 
         Raises:
             TypeError: Neither.
@@ -335,7 +341,7 @@ class HiDiffusion(ModelPatch):
 
     @property
     def drawn(self) -> tuple[tuple[int, ...], ...]:
-        """Shifts of every call so far: one number per layer, in the order of ``layers``."""
+        """Shifts of each of the last 10000 calls: one number per layer, in order of ``layers``."""
         return tuple(self._drawn)
 
     def replay(self, shifts: Sequence[Sequence[int]]) -> HiDiffusion:
