@@ -8,12 +8,27 @@ import torch
 import transfuse.methods as methods
 
 
+def _windowed():
+    from transfuse.methods.diffusion_control.hi_diffusion import HiDiffusionOptions
+
+    return {"options": HiDiffusionOptions(raunet=False, shift=1), "layers": ["blocks"]}
+
+
+# slug -> keyword arguments, for methods that refuse to guess on a model they do not know or that
+# draw something anew for every call
+PATCHES = {"hi_diffusion": _windowed}
+
+
+def _patch(slug, model):
+    return methods.get(slug)(model, **PATCHES.get(slug, dict)())
+
+
 @pytest.mark.parametrize("slug", methods.list(kind="patch"))
 class TestPatch:
     """Built with defaults on a model: installed, described, removed without a trace."""
 
     def test_defaults_build_and_describe_themselves(self, slug, text_denoiser):
-        patch = methods.get(slug)(text_denoiser)
+        patch = _patch(slug, text_denoiser)
         assert patch.installed
         assert patch.layers
         assert type(patch).__name__ in repr(patch)
@@ -38,7 +53,7 @@ class TestPatch:
         x = torch.randn(1, 4, 4, 4)
         before, expected = fingerprint(), text_denoiser(x, 1)
         state = {name: tensor.clone() for name, tensor in text_denoiser.state_dict().items()}
-        with methods.get(slug)(text_denoiser):
+        with _patch(slug, text_denoiser):
             text_denoiser(x, 1)
         assert fingerprint() == before
         assert torch.equal(text_denoiser(x, 1), expected)
@@ -49,7 +64,7 @@ class TestPatch:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_runs_in_dtype_and_is_reproducible(self, slug, text_denoiser, dtype):
         model, x = text_denoiser.to(dtype), torch.randn(2, 4, 4, 4).to(dtype)
-        with torch.no_grad(), methods.get(slug)(model):
+        with torch.no_grad(), _patch(slug, model):
             first, second = model(x, 1), model(x, 1)
         assert first.dtype == dtype
         assert first.isfinite().all()
@@ -57,7 +72,7 @@ class TestPatch:
 
     def test_model_without_a_place_for_it_is_refused(self, slug):
         with pytest.raises(ValueError, match=r"no (self|cross)-attention"):
-            methods.get(slug)(torch.nn.Linear(3, 3))
+            _patch(slug, torch.nn.Linear(3, 3))
 
 
 def _rectifier_graph(dtype):

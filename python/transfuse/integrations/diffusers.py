@@ -7,6 +7,7 @@ One line puts a method on a model, ``remove()`` or leaving ``with`` takes it off
     handle = patch(pipe, AttendProcessor())             # every attention through transfuse.attend
     injector = patch(pipe.unet, StyleInjectionOptions(gamma=0.3))       # style injection
     handle = patch(pipe, TokenMerging(ratio=0.5))       # self-attention on half of the tokens
+    handle = patch(pipe, HiDiffusionOptions())          # above the training resolution
 
 Covers models whose layers are diffusers' ``Attention`` (UNets, VAEs, 2-D transformers). Layers with
 added key projections, joint text and image attention, or adapter processors are refused by name:
@@ -161,7 +162,8 @@ def patch(
     Args:
         model: A model, or a pipeline, whose ``unet`` or ``transformer`` is then meant.
         method: :class:`AttendProcessor`, :class:`TokenMerging`, ``StyleInjectionOptions``, or
-            anything with ``attach``.
+            anything with ``attach``. What that returns follows the pipeline's scheduler if it can
+            (``follow``).
         layers: Which attention layers; None is the method's default. See the method.
 
     Returns:
@@ -190,7 +192,10 @@ def patch(
             "method: expected an object with attach(model, layers=...), "
             f"got {type(method).__name__}"
         )
-    return method.attach(target, layers=layers)
+    handle = method.attach(target, layers=layers)
+    if hasattr(handle, "follow") and hasattr(model, "scheduler"):
+        handle.follow(model)
+    return handle
 
 
 def adaptive_guider(

@@ -1,0 +1,684 @@
+"""HiDiffusion on real diffusers UNets and pipelines with random tiny configurations."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from transfuse.integrations.diffusers import AttendProcessor, TokenMerging, patch
+from transfuse.methods.diffusion_control.hi_diffusion import (
+    HiDiffusion,
+    HiDiffusionOptions,
+    RAUSchedule,
+    UNetLayout,
+)
+from transfuse.methods.diffusion_control.style_injection import StyleInjectionOptions
+from transfuse.testing.models import tiny_unet
+
+try:
+    import diffusers
+    from diffusers import (
+        DDIMScheduler,
+        EulerDiscreteScheduler,
+        HeunDiscreteScheduler,
+        StableDiffusionPipeline,
+        StableDiffusionXLPipeline,
+        UNet2DConditionModel,
+        UNet2DModel,
+    )
+except Exception as error:  # a broken dependency of diffusers is no ImportError
+    diffusers = None
+    WHY = f"diffusers is not usable: {type(error).__name__}: {error}"
+else:
+    WHY = ""
+
+pytestmark = pytest.mark.skipif(diffusers is None, reason=WHY)
+
+SD = {
+    "layers_per_block": 2,
+    "block_out_channels": (8, 16, 16, 16),
+    "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
+}
+SDXL = {
+    "layers_per_block": 2,
+    "block_out_channels": (8, 16, 16),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 2),
+    "use_linear_projection": True,
+}
+CONFIGS = {"sd": SD, "sdxl": SDXL}
+RUN = (900, 700, 500, 300, 100)
+
+
+def inputs(size=(16, 16), batch=2):
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(batch, 4, *size, generator=g), torch.randn(batch, 5, 12, generator=g)
+
+
+@torch.no_grad()
+def run(model, size=(16, 16), time=900, **extra):
+    x, text = inputs(size)
+    return model(x, time, text, **extra).sample
+
+
+def snapshot(model):
+    """Everything a patch could leave behind: processors, attributes, hooks."""
+    return [
+        (
+            name,
+            {key: id(value) for key, value in module.__dict__.items() if key[0] != "_"},
+            {key: id(value) for key, value in module._modules.items()},
+            {key: list(value) for key, value in vars(module).items() if key.endswith("_hooks")},
+        )
+        for name, module in model.named_modules()
+    ]
+
+
+def always(*, strided=False, pooled=False):
+    """Options of RAU-Net alone, with some devices acting in every step."""
+    schedule = RAUSchedule(range(5 * strided), range(5 * pooled))
+    return HiDiffusionOptions(windows=False, schedule=lambda latent, steps: schedule)
+
+
+@torch.no_grad()
+def written_out(model, size, time, *, strided=None, pooled=None, down=None, mid=None):
+    """The UNet's forward with both devices in plain torch.
+
+    Args:
+        strided, pooled: number of the down block of each device; None: it does not act.
+        down, mid: residuals of a ControlNet.
+    """
+    x, text = inputs(size)
+    emb = model.time_embedding(model.time_proj(torch.full((x.shape[0],), time)))
+    h = model.conv_in(x)
+    skips, remembered, count = [h], None, len(model.down_blocks)
+
+    def layers(block):
+        return itertools.zip_longest(block.resnets, getattr(block, "attentions", None) or [])
+
+    for i, block in enumerate(model.down_blocks):
+        for j, (resnet, attention) in enumerate(layers(block)):
+            h = resnet(h, emb)
+            if attention is not None:
+                h = attention(h, encoder_hidden_states=text, return_dict=False)[0]
+            if i == pooled and j == 0:
+                remembered = h.shape[2:]
+                h = F.avg_pool2d(h, (2, 2), ceil_mode=True)
+            skips.append(h)
+        if block.downsamplers is not None:
+            conv = block.downsamplers[0].conv
+            geometry = (4, 2, 2) if i == strided else (2, 1, 1)
+            h = F.conv2d(h, conv.weight, conv.bias, *geometry)
+            skips.append(h)
+    h = model.mid_block(h, emb, encoder_hidden_states=text)
+    if down is not None:
+        skips = [
+            s + F.interpolate(r, s.shape[2:], mode="bicubic")
+            for s, r in zip(skips, down, strict=True)
+        ]
+        h = h + F.interpolate(mid, h.shape[2:], mode="bicubic")
+    for u, block in enumerate(model.up_blocks):
+        mirrored = count - 1 - u
+        for j, (resnet, attention) in enumerate(layers(block)):
+            h = resnet(torch.cat([h, skips.pop()], dim=1), emb)
+            if attention is not None:
+                h = attention(h, encoder_hidden_states=text, return_dict=False)[0]
+            if mirrored == pooled and j == len(model.down_blocks[pooled].resnets) - 1:
+                h = F.interpolate(h, remembered, mode="bicubic")
+        if block.upsamplers is not None:
+            h = F.interpolate(h, skips[-1].shape[2:], mode="nearest")
+            h = block.upsamplers[0].conv(h)
+    return model.conv_out(model.conv_act(model.conv_norm_out(h)))
+
+
+def residuals(model, size):
+    """What a ControlNet of this UNet gives, at the sizes of the plain UNet."""
+    shapes, sizes = [], tuple(size)
+
+    def note(channels):
+        shapes.append((2, channels, *sizes))
+
+    note(model.conv_in.out_channels)
+    for block in model.down_blocks:
+        for resnet in block.resnets:
+            note(resnet.out_channels)
+        if block.downsamplers is not None:
+            sizes = tuple(-(-side // 2) for side in sizes)
+            note(block.resnets[-1].out_channels)
+    g = torch.Generator().manual_seed(2)
+    made = [torch.randn(shape, generator=g) for shape in shapes]
+    return made, torch.randn(made[-1].shape, generator=g)
+
+
+# ---- RAU-Net ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("size", [(32, 32), (24, 40), (17, 30), (13, 9)])
+@pytest.mark.parametrize(("strided", "pooled"), [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("controlled", [False, True])
+def test_raunet_equals_the_forward_written_out(kind, size, strided, pooled, controlled):
+    model = tiny_unet(**CONFIGS[kind])
+    extra, names = {}, {}
+    if controlled:
+        down, mid = residuals(model, size)
+        extra = {"down": down, "mid": mid}
+        names = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+    plain = run(model, size, **names)
+    torch.testing.assert_close(written_out(model, size, 900, **extra), plain, rtol=1e-4, atol=1e-5)
+    where = {"strided": {"sd": 0, "sdxl": 1}[kind] if strided else None}
+    where["pooled"] = 1 if pooled else None
+    expected = written_out(model, size, 900, **where, **extra)
+    with HiDiffusion(model, always(strided=strided, pooled=pooled)).set_timesteps(RUN):
+        out = run(model, size, **names)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    assert (out - plain).abs().max() > 1e-3
+    assert torch.equal(run(model, size, **names), plain)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_the_table_decides_which_device_acts(kind):
+    """Each step of a run of 25 is the written-out one with that step's devices."""
+    model, size = tiny_unet(**CONFIGS[kind]), (8, 24)
+    times = [990 - 40 * step for step in range(25)]
+    where = {"strided": {"sd": 0, "sdxl": 1}[kind], "pooled": 1}
+    acting = {
+        "sd": {**dict.fromkeys(range(10), ("strided",))},
+        "sdxl": {
+            **dict.fromkeys(range(4), ("strided",)),
+            **dict.fromkeys(range(4, 10), ("pooled",)),
+        },
+    }[kind]
+    with HiDiffusion(model, HiDiffusionOptions(windows=False)) as raunet:
+        raunet.set_timesteps(torch.tensor(times))
+        for step in (0, 3, 4, 9, 10, 24, 2, 2):  # any order, and twice
+            out = run(model, size, times[step])
+            devices = {name: where[name] for name in acting.get(step, ())}
+            with torch.no_grad():
+                raunet_off = written_out_unhooked(model, size, times[step], devices, raunet)
+            torch.testing.assert_close(out, raunet_off, rtol=1e-4, atol=1e-5)
+
+
+def written_out_unhooked(model, size, time, devices, patched):
+    """The written-out forward on a copy without hooks."""
+    assert patched.installed
+    other = tiny_unet(**{k: model.config[k] for k in CONFIGS["sdxl"] if k in model.config})
+    other.load_state_dict(model.state_dict())
+    return written_out(other, size, time, **devices)
+
+
+def test_steps_between_listed_times_and_before_the_first():
+    model = tiny_unet(**SD)
+    with HiDiffusion(model, HiDiffusionOptions(windows=False)) as raunet:
+        with pytest.raises(RuntimeError, match=r"does not know the run: call follow\(pipeline\)"):
+            run(model)
+        raunet.set_timesteps(RUN)  # the downsampler acts in steps 0 and 1
+        on, also_on, off = run(model, time=700), run(model, time=600.5), run(model, time=499)
+        with pytest.raises(ValueError, match="timestep 950 lies before the first of the run, 900"):
+            run(model, time=950)
+        run(model, time=902)  # 900, rounded to bfloat16 and back by a caller
+        with pytest.raises(ValueError, match="timestep: expected one for the whole batch"):
+            run(model, time=torch.tensor([900, 700]))
+    plain = [run(model, time=time) for time in (700, 600.5, 499)]
+    assert not torch.equal(on, plain[0])
+    assert not torch.equal(also_on, plain[1])
+    assert torch.equal(off, plain[2])
+    raunet = HiDiffusion(model)
+    for timesteps, error in (([], ValueError), (["a"], TypeError)):
+        with pytest.raises(error, match="timesteps: expected"):
+            raunet.set_timesteps(timesteps)
+    with pytest.raises(TypeError, match="follow: expected a pipeline with a scheduler"):
+        raunet.follow(model)
+
+
+def test_an_interrupted_call_leaves_nothing():
+    model = tiny_unet(**SD)
+    before, plain = snapshot(model), run(model)
+    conv = model.down_blocks[0].downsamplers[0].conv
+    for error in (RuntimeError, KeyboardInterrupt):
+
+        def stop(module, args, error=error):
+            raise error("stop")
+
+        raunet = HiDiffusion(model, always(strided=True)).set_timesteps(RUN)
+        hook = conv.register_forward_pre_hook(stop)
+        with pytest.raises(error, match="stop"):
+            run(model)
+        hook.remove()
+        assert torch.isfinite(run(model)).all()
+        hook = conv.register_forward_pre_hook(stop)
+        with pytest.raises(error, match="stop"):
+            run(model)
+        hook.remove()
+        raunet.remove()
+        assert (conv.stride, conv.padding, conv.dilation) == ((2, 2), (1, 1), (1, 1))
+        assert torch.equal(run(model), plain)
+    assert snapshot(model) == before
+
+
+def test_adapters_and_other_structures_are_refused():
+    model = tiny_unet(**SD)
+    down, mid = residuals(model, (16, 16))
+    with HiDiffusion(model, always(strided=True)).set_timesteps(RUN):
+        with pytest.raises(ValueError, match=r"residuals: expected 12 residuals .* got 3"):
+            run(
+                model,
+                down_block_additional_residuals=down[:3],
+                mid_block_additional_residual=mid,
+            )
+        for extra in (
+            {"down_intrablock_additional_residuals": list(down)},
+            {"down_block_additional_residuals": down},
+        ):
+            with pytest.raises(ValueError, match=r"T2I-Adapter adds its own: use it with raunet="):
+                run(model, **extra)
+        with pytest.raises(ValueError, match="has a RAU-Net already"):
+            HiDiffusion(model, HiDiffusionOptions(windows=False))
+    wrong = HiDiffusionOptions(windows=False, schedule=lambda latent, steps: (0, 3))
+    with (
+        HiDiffusion(model, wrong).set_timesteps(RUN),
+        pytest.raises(TypeError, match=r"schedule: expected it to return a RAUSchedule, got \(0"),
+    ):
+        run(model)
+    deep = tiny_unet(
+        block_out_channels=(8, 8, 16),
+        down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+    )
+    before = snapshot(deep)
+    with pytest.raises(
+        ValueError, match=r"self-attention from down block 2 on: supported are .* or layout="
+    ):
+        HiDiffusion(deep)
+    with HiDiffusion(
+        deep, HiDiffusionOptions(raunet=False, shift=1), layers=["down_blocks.2"]
+    ) as h:
+        assert len(h.layers) == 1
+        assert run(deep).isfinite().all()
+    layout = UNetLayout(model="sdxl", windows=("down_blocks.2",), strided=0, pooled=7)
+    with pytest.raises(ValueError, match="layout: pooled expected one of 3 down blocks, got 7"):
+        HiDiffusion(deep, HiDiffusionOptions(layout=layout))
+    layout = UNetLayout(model="sdxl", windows=("down_blocks.2",), strided=2, pooled=1)
+    with pytest.raises(ValueError, match=r"needs a downsampler in down_blocks\.2"):
+        HiDiffusion(deep, HiDiffusionOptions(layout=layout))
+    assert snapshot(deep) == before
+    layout = UNetLayout(model="sdxl", windows=("down_blocks.2",), strided=1, pooled=0)
+    with HiDiffusion(deep, HiDiffusionOptions(layout=layout)).set_timesteps(RUN):
+        assert run(deep).isfinite().all()
+    torch.manual_seed(0)
+    other = UNet2DModel(
+        norm_num_groups=4,
+        block_out_channels=(8, 8),
+        down_block_types=("AttnDownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D"),
+        upsample_type="resnet",
+        attention_head_dim=4,
+    )
+    with pytest.raises(
+        ValueError, match=r"up_blocks\.0: RAU-Net needs upsamplers that take an out"
+    ):
+        HiDiffusion(other)
+    other = tiny_unet(**{**SD, "downsample_padding": 0})
+    with pytest.raises(ValueError, match=r"down_blocks\.0: RAU-Net needs a downsampler with a 3"):
+        HiDiffusion(other)
+
+
+def test_layouts_of_the_real_models():
+    """Stable Diffusion 1.5 and SDXL in full size (without memory): the official lists of blocks."""
+    shared = {"sample_size": 64, "layers_per_block": 2}
+    sd15 = {
+        **shared,
+        "block_out_channels": (320, 640, 1280, 1280),
+        "down_block_types": SD["down_block_types"],
+        "up_block_types": SD["up_block_types"],
+        "cross_attention_dim": 768,
+        "attention_head_dim": 8,
+    }
+    sdxl = {
+        **shared,
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": SDXL["down_block_types"],
+        "up_block_types": SDXL["up_block_types"],
+        "transformer_layers_per_block": [1, 2, 10],
+        "attention_head_dim": [5, 10, 20],
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+    }
+    block = "{}.attentions.{}.transformer_blocks.{}.attn1".format
+    expected = {
+        "sd15": [block("down_blocks.0", i, 0) for i in range(2)]
+        + [block("up_blocks.3", i, 0) for i in range(3)],
+        "sdxl": [block("down_blocks.1", i, j) for i in range(2) for j in range(2)]
+        + [block("up_blocks.1", i, j) for i in range(3) for j in range(2)],
+    }
+    for name, config in (("sd15", sd15), ("sdxl", sdxl)):
+        with torch.device("meta"):
+            model = UNet2DConditionModel(**config)
+        with HiDiffusion(model) as patched:
+            assert list(patched.layers) == expected[name]
+            strided = [n for n, m in model.named_modules() if m._forward_hooks_always_called]
+            assert f"down_blocks.{int(name == 'sdxl')}.downsamplers.0" in strided
+            assert (
+                patched.schedule((256, 256), 50)
+                == {
+                    "sd15": RAUSchedule(range(35), range(15)),
+                    "sdxl": RAUSchedule(range(8), range(8, 20)),
+                }[name]
+            )
+        with HiDiffusion(model, HiDiffusionOptions(model="sdxl_turbo")) as turbo:
+            assert turbo.schedule((128, 128), 4) == RAUSchedule(range(0), range(2))
+
+
+def test_an_inpainting_unet_is_not_aggressive():
+    model = tiny_unet(**SDXL, in_channels=9)
+    for aggressive, expected in ((None, (0, 20)), (True, (8, 20))):
+        with HiDiffusion(model, HiDiffusionOptions(aggressive=aggressive)) as raunet:
+            assert raunet.schedule((64, 64), 50).pooled == range(*expected)
+    windows = HiDiffusion(model, HiDiffusionOptions(raunet=False))
+    with pytest.raises(ValueError, match="schedule: raunet is False"):
+        windows.schedule((64, 64), 50)
+
+
+# ---- windows ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("size", [(16, 16), (12, 20), (13, 18)])
+@pytest.mark.parametrize("odd", ["exact", "resize"])
+def test_windows_of_the_right_layers(kind, size, odd):
+    """One window as large as the grid is no window; four are one."""
+    model = tiny_unet(**CONFIGS[kind])
+    plain = run(model, size)
+    setting = HiDiffusionOptions(raunet=False, odd=odd)
+    with HiDiffusion(model, setting) as patched:
+        levels = {name.split(".attentions")[0] for name in patched.layers}
+        out = run(model, size)
+    places = {"sd": ("down_blocks.0", "up_blocks.3"), "sdxl": ("down_blocks.1", "up_blocks.1")}
+    assert levels == set(places[kind])
+    assert out.isfinite().all()
+    assert (out - plain).abs().max() > 1e-4
+    assert torch.equal(run(model, size), plain)
+
+
+def test_attention_masks_are_refused():
+    model = tiny_unet(**SD)
+    with (
+        HiDiffusion(model, HiDiffusionOptions(raunet=False)),
+        pytest.raises(ValueError, match="received an attention mask"),
+    ):
+        run(model, attention_mask=torch.ones(2, 256))
+
+
+def test_a_unet_without_text():
+    """Attention directly on (B, C, H, W), with a group norm and a residual of its own."""
+    torch.manual_seed(0)
+    model = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        down_block_types=("AttnDownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D"),
+        attention_head_dim=4,
+        layers_per_block=1,
+        in_channels=4,
+        out_channels=4,
+    ).eval()
+    x = inputs((12, 10))[0]
+    with torch.no_grad():
+        plain = model(x, 900).sample
+        with HiDiffusion(model).set_timesteps(RUN):
+            out = model(x, 900).sample
+        assert torch.equal(model(x, 900).sample, plain)
+    assert out.shape == plain.shape
+    assert (out - plain).abs().max() > 1e-4
+
+
+def test_training_with_recomputed_blocks():
+    grads = []
+    for checkpointing in (False, True):
+        model = tiny_unet(**SD).train()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        x, text = inputs()
+        text.requires_grad_()
+        options = HiDiffusionOptions(
+            schedule=lambda latent, steps: RAUSchedule(range(5), range(5)), seed=3
+        )
+        with HiDiffusion(model, options).set_timesteps(RUN):
+            model(x, 900, text).sample.square().sum().backward()
+        grads.append((text.grad, *(p.grad for p in model.parameters())))
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+# ---- other patches on the same model ------------------------------------------------------------
+
+
+def test_with_token_merging():
+    model = tiny_unet(**SD)
+    before, plain = snapshot(model), run(model)
+    # On the finest level both want the same layers.
+    for ratio in (0.5, 0.75):  # 0.75 leaves as many tokens as the next level has
+        for first, second in itertools.permutations(
+            [HiDiffusionOptions(raunet=False), TokenMerging(ratio=ratio)]
+        ):
+            one, other = patch(model, first), patch(model, second)
+            with pytest.raises(RuntimeError, match=r"tokens enter its block .*token merging"):
+                run(model)
+            one.remove()
+            other.remove()
+    # On different levels they work together, in any order of coming and going.
+    merging = TokenMerging(max_downsample=8, random=False)
+    outs = []
+    for order in (0, 1):
+        options = HiDiffusionOptions(
+            shift=1, schedule=lambda latent, steps: RAUSchedule(range(5), range(5))
+        )
+        handles = []
+        for which in (order, 1 - order):
+            if which:
+                handles.append(patch(model, options).set_timesteps(RUN))
+            else:
+                handles.append(patch(model, merging, layers=["down_blocks.1", "up_blocks.2"]))
+        outs.append(run(model))
+        handles[0].remove()
+        run(model)
+        handles[1].remove()
+    torch.testing.assert_close(*outs)
+    assert (outs[0] - plain).abs().max() > 1e-3
+    assert snapshot(model) == before
+    assert torch.equal(run(model), plain)
+
+
+def test_with_style_injection():
+    model = tiny_unet(**SD)
+    before, plain = snapshot(model), run(model)
+    options = HiDiffusionOptions(
+        shift=1, schedule=lambda latent, steps: RAUSchedule(range(5), range(0))
+    )
+    windows = patch(model, options).set_timesteps(RUN)
+    # Both active on one layer: refused whichever came last, while capturing and injecting.
+    shared = patch(model, StyleInjectionOptions())
+    alone = run(model)  # the injector is idle: the windows run
+    assert (alone - plain).abs().max() > 1e-4
+    with shared.capture("content"), pytest.raises(RuntimeError, match="both active"):
+        run(model)
+    shared.remove()
+    windows.remove()
+    shared = patch(model, StyleInjectionOptions())
+    with HiDiffusion(model, options).set_timesteps(RUN):
+        torch.testing.assert_close(run(model), alone)
+        with shared.capture("content"), pytest.raises(RuntimeError, match="both active"):
+            run(model)
+    shared.remove()
+    # On different layers, with features that RAU-Net resized.
+    windows = patch(model, options).set_timesteps(RUN)
+    apart = patch(model, StyleInjectionOptions(), layers=["up_blocks.1", "up_blocks.2"])
+    for role in ("content", "style"):
+        with apart.capture(role):
+            run(model)
+    with apart.inject():
+        injected = run(model)
+    assert (injected - alone).abs().max() > 1e-4
+    windows.remove()
+    apart.remove()
+    assert snapshot(model) == before
+    assert torch.equal(run(model), plain)
+
+
+def test_above_another_processor():
+    model = tiny_unet(**SD)
+    with patch(model, AttendProcessor()):
+        plain = run(model)
+        with patch(model, HiDiffusionOptions(raunet=False, shift=0)):
+            assert (run(model) - plain).abs().max() > 1e-4
+        assert torch.equal(run(model), plain)
+
+
+# ---- pipelines ----------------------------------------------------------------------------------
+
+
+def pipeline(kind, scheduler=None):
+    scheduler = DDIMScheduler() if scheduler is None else scheduler
+    parts = {"vae": None, "text_encoder": None, "tokenizer": None, "scheduler": scheduler}
+    if kind == "sd":
+        unet = tiny_unet(**SD, sample_size=16)
+        pipe = StableDiffusionPipeline(
+            **parts, unet=unet, safety_checker=None, feature_extractor=None,
+            requires_safety_checker=False,
+        )  # fmt: skip
+    else:
+        unet = tiny_unet(
+            **SDXL,
+            sample_size=16,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=4,
+            projection_class_embeddings_input_dim=6 * 4 + 6,
+        )
+        pipe = StableDiffusionXLPipeline(
+            **parts, unet=unet, text_encoder_2=None, tokenizer_2=None, add_watermarker=False
+        )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def sample(pipe, size=(128, 128), steps=10, guidance=5.0):
+    g = torch.Generator().manual_seed(3)
+    text, empty = torch.randn(2, 1, 5, 12, generator=g).unbind(0)
+    extra = {}
+    if isinstance(pipe, StableDiffusionXLPipeline):
+        pooled = torch.randn(2, 1, 6, generator=g).unbind(0)
+        extra = {"pooled_prompt_embeds": pooled[0], "negative_pooled_prompt_embeds": pooled[1]}
+    return pipe(
+        prompt_embeds=text,
+        negative_prompt_embeds=empty,
+        height=size[0],
+        width=size[1],
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        generator=torch.Generator().manual_seed(4),
+        output_type="latent",
+        **extra,
+    ).images
+
+
+def acting(pipe, patched):
+    """Which device acts in each call of the model: sizes are noted where they change."""
+    conv = pipe.unet.down_blocks[patched._layout.strided].downsamplers[0].conv
+    first, second = pipe.unet.down_blocks[patched._layout.pooled].resnets[:2]
+    seen, sizes = [], {}
+    hooks = [
+        conv.register_forward_hook(
+            lambda m, args, out: sizes.update(down=args[0].shape[-1] / out.shape[-1])
+        ),
+        first.register_forward_hook(lambda m, args, out: sizes.update(before=out.shape[-1])),
+        second.register_forward_pre_hook(
+            lambda m, args: sizes.update(pool=sizes["before"] / args[0].shape[-1])
+        ),
+        pipe.unet.register_forward_hook(
+            lambda m, args, out: seen.append((sizes["down"] > 3, sizes["pool"] > 1.5))
+        ),
+    ]
+    return seen, hooks
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("size", [(128, 128), (136, 200)])
+def test_in_a_pipeline(kind, size):
+    pipe = pipeline(kind)
+    before, plain = snapshot(pipe.unet), sample(pipe, size)
+    with patch(pipe, HiDiffusionOptions()) as patched:
+        seen, hooks = acting(pipe, patched)
+        out = sample(pipe, size)
+        assert len(patched.drawn) == 10  # guidance is one call: both halves share the shifts
+        for hook in hooks:
+            hook.remove()
+    expected = {
+        "sd": [(s < 4, False) for s in range(10)],
+        "sdxl": [(s < 1, 1 <= s < 4) for s in range(10)],
+    }[kind]
+    assert seen == expected
+    assert out.isfinite().all()
+    assert (out - plain).abs().max() > 1e-3
+    with patch(pipe, HiDiffusionOptions()):
+        assert torch.equal(sample(pipe, size), out)
+    assert snapshot(pipe.unet) == before
+    assert torch.equal(sample(pipe, size), plain)
+
+
+def test_runs_that_confuse_call_counters():
+    """Two calls per step, an interrupted run, another scheduler, another number of steps."""
+    pipe = pipeline("sd", HeunDiscreteScheduler())
+    with patch(pipe, HiDiffusionOptions(windows=False)) as patched:
+        seen, hooks = acting(pipe, patched)
+        sample(pipe, steps=5)
+        assert len(seen) == 9
+        # 9 timesteps, each after the first twice: steps 0, 2, 2, 4, 4, ... of which 0.4 x 9 act
+        assert [strided for strided, _ in seen] == [True] * 3 + [False] * 6
+
+        def stop(pipe, step, time, given):
+            if step == 1:
+                raise KeyboardInterrupt
+            return given
+
+        pipe.scheduler = EulerDiscreteScheduler()
+        with pytest.raises(KeyboardInterrupt):
+            pipe(
+                prompt_embeds=torch.zeros(1, 5, 12), height=128, width=128, guidance_scale=1.0,
+                num_inference_steps=10, output_type="latent", callback_on_step_end=stop,
+            )  # fmt: skip
+        seen.clear()
+        sample(pipe, steps=25, guidance=1.0)
+        assert [strided for strided, _ in seen] == [True] * 10 + [False] * 15
+        for hook in hooks:
+            hook.remove()
+
+
+def test_a_run_that_starts_late():
+    """As in image-to-image: steps are counted from where the run begins."""
+    model, scheduler = tiny_unet(**SD), DDIMScheduler()
+    scheduler.set_timesteps(10)
+    scheduler.begin_index = 5  # what set_begin_index of the other schedulers leaves
+    with HiDiffusion(model, HiDiffusionOptions(windows=False)) as raunet:
+        raunet.follow(scheduler)
+        times = scheduler.timesteps[5:]
+        outs = [run(model, time=time) for time in times]
+    plain = [run(model, time=time) for time in times]
+    same = [torch.equal(a, b) for a, b in zip(outs, plain, strict=True)]
+    assert same == [False, False, True, True, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes(dtype):
+    model = tiny_unet(**SDXL).to(dtype)
+    x, text = (t.to(dtype) for t in inputs((18, 22)))
+    options = HiDiffusionOptions(schedule=lambda latent, steps: RAUSchedule(range(5), range(5)))
+    with torch.no_grad(), HiDiffusion(model, options).set_timesteps(RUN):
+        out = model(x, 900, text).sample
+    assert out.dtype == dtype
+    assert out.isfinite().all()
