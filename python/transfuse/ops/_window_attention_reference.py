@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from transfuse.ops import _windows
-from transfuse.ops._windows import BIAS_NONE, BIAS_RELATIVE, Grid
+from transfuse.ops._windows import BIAS_RELATIVE, Grid
 
 
 def windowed_core(
@@ -54,12 +54,17 @@ def windowed_core(
             return x.expand(batch, -1, -1, -1).repeat_interleave(count, dim=0)
         return windowed(x.expand(batch, -1, -1, -1))
 
-    first = torch.arange(batch, device=query.device) if indices[0] is None else indices[0]
-    if indices[0] is None and keys[0].shape[0] == 1:
-        first = torch.zeros_like(first)
-    own_index = first[:, None] * count + torch.arange(count, device=query.device)
+    def entries(source: int) -> Tensor:
+        """(B,): the batch entry of a source that each query batch entry reads."""
+        index = indices[source]
+        if index is not None:
+            return index
+        every = torch.arange(batch, device=query.device)
+        return torch.zeros_like(every) if keys[source].shape[0] == 1 else every
+
+    own_index = entries(0)[:, None] * count + torch.arange(count, device=query.device)
     own_bias = None
-    if bias_kind != BIAS_NONE:
+    if bias is not None:
         own_bias = bias.flatten(2)
         if bias_kind == BIAS_RELATIVE:
             index = _windows.relative_index(own.window, query.device)
@@ -70,21 +75,13 @@ def windowed_core(
     if own.tokens < count * slots:
         own_mask = taken.repeat(batch, 1)[:, None, None, :]
     rest = range(1, len(keys))
-    shared = [
-        torch.zeros(batch, dtype=torch.int64, device=query.device)
-        if indices[s] is None and keys[s].shape[0] == 1
-        else torch.arange(batch, device=query.device)
-        if indices[s] is None
-        else indices[s]
-        for s in rest
-    ]
     out, lse = core(
         windowed(query),
         [windowed(keys[0]), *keys[1:]],
         [windowed(values[0]), *values[1:]],
         [own_bias, *(rowwise(biases[s]) for s in rest)],
         [own_mask, *(rowwise(masks[s]) for s in rest)],
-        [own_index.flatten(), *(index.repeat_interleave(count) for index in shared)],
+        [own_index.flatten(), *(entries(s).repeat_interleave(count) for s in rest)],
         scales,
         [0] * len(keys),
     )

@@ -13,8 +13,8 @@ from torch import Tensor
 from transfuse import _checks
 
 CYCLIC, SPLIT, ANCHORED = 0, 1, 2
-_WRAP = {"cyclic": CYCLIC, "mask": SPLIT, "none": ANCHORED}
-_RAGGED = {"exact": 0, "pad": 1}
+_WRAP: dict[object, int] = {"cyclic": CYCLIC, "mask": SPLIT, "none": ANCHORED}
+_RAGGED: dict[object, int] = {"exact": 0, "pad": 1}
 BIAS_NONE, BIAS_FULL, BIAS_RELATIVE = 0, 1, 2
 MAX_AXES = 3
 _LIMIT = 2**31 - 1
@@ -193,7 +193,8 @@ def slot_codes(own: Grid, kind: int, device: torch.device) -> tuple[Tensor | Non
             code = code * (2 * side - 1) + slot // rest % side
             centre = centre * (2 * side - 1) + side - 1
         codes = code + centre, -code
-    return tuple(c.to(device=device, dtype=torch.int32) for c in codes)
+    query, key = (c.to(device=device, dtype=torch.int32) for c in codes)
+    return query, key
 
 
 def partition(x: Tensor, own: Grid, dim: int) -> Tensor:

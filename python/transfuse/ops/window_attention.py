@@ -281,7 +281,7 @@ def _dense_bias(
     Rows of a full bias are read in order; those of a relative one are looked up key by key. While
     it is no larger than the query, the full one is cheap to make and to hold.
     """
-    if kind != BIAS_RELATIVE or bias.shape[1] * own.slots**2 > query.numel():
+    if bias is None or kind != BIAS_RELATIVE or bias.shape[1] * own.slots**2 > query.numel():
         return bias, kind
     index = _windows.relative_index(own.window, query.device)
     return bias.index_select(3, index.flatten()), BIAS_FULL
@@ -353,7 +353,7 @@ def _composed(
     taken = tables.token < own.tokens
     if own.tokens < tables.token.numel():
         shift = torch.where(taken, 0.0, -torch.inf).to(query.dtype)[:, None, None, :]
-    if kind != BIAS_NONE:
+    if bias is not None:
         if kind == BIAS_RELATIVE:
             index = _windows.relative_index(own.window, query.device)
             bias = bias.index_select(3, index.flatten())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -56,7 +57,7 @@ class Plan:
     tensors of one number per sample, and inputs of the call. Levels are sigmoids of theirs."""
 
     shape: tuple[int, ...]
-    update: object
+    update: Any
     scale: float = 3.0
     options: dict = field(default_factory=dict)
     per_sample: tuple[str, ...] = ()
@@ -219,7 +220,7 @@ def _cases(plans: dict[str, tuple[Plan, frozenset[str]]], **options: object) -> 
 def _fuzz(choose: Callable[[Sequence[object]], object]) -> Case:
     """Random extents around the widths of vectors, chunks and segments, and random updates."""
     update = choose((_DDIM, _NOISY, _DDPM, _EULER))
-    rest: Sequence = choose(((), (1,), (7,), (3, 5), (1023,), (1025,), (4, 65, 63), (2, 0)))
+    rest: Any = choose(((), (1,), (7,), (3, 5), (1023,), (1025,), (4, 65, 63), (2, 0)))
     plan = Plan(
         (choose((0, 1, 2, 3, 17)), *rest),
         update,
@@ -332,7 +333,7 @@ class NoisePlan:
 
 
 def _noise_fuzz(choose: Callable[[Sequence[object]], object]) -> Case:
-    rest: Sequence = choose(((), (1,), (7,), (3, 5), (1023,), (1025,), (4, 65, 63), (2, 0)))
+    rest: Any = choose(((), (1,), (7,), (3, 5), (1023,), (1025,), (4, 65, 63), (2, 0)))
     plan = NoisePlan((choose((0, 1, 2, 3, 17)), *rest), own=choose((False, True)))
     return plan.case(f"fuzz {plan}", AWKWARD)
 

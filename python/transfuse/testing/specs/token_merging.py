@@ -89,7 +89,7 @@ class Search:
 
     def call(self, op: Callable[..., object], tensors: Tensors, backend: str | None) -> object:
         """The call with these or similar tensors; of the neighbours, the similarity."""
-        options = {"mask": tensors.get("mask"), **_options(backend)}
+        options: dict[str, object] = {"mask": tensors.get("mask"), **_options(backend)}
         if self.alpha is not None:
             options |= {"alpha": self.alpha, "threshold": self.threshold}
             return _bend(op(tensors["x"], tensors["reference"], **options), self.curved)
@@ -286,7 +286,7 @@ class Merge:
                 tensors["weight"] = weight.to(dtype)
 
             def call(op: Callable[..., object], tensors: Tensors, backend: str | None) -> object:
-                options = _options(backend)
+                options: dict[str, object] = {**_options(backend)}
                 if self.mode is None:
                     return _bend(op(tensors["y"], plan, **options), self.curved)
                 if self.weighted:

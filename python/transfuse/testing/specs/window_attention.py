@@ -82,7 +82,7 @@ class Plan:
             tensors = dict(zip(names, packed(*tensors.values()), strict=True))
         if self.bias is not None:
             heads = self.heads if self.bias_heads is None else self.bias_heads
-            rest = (grid.slots,) * 2
+            rest: tuple[int, ...] = (grid.slots,) * 2
             if self.bias == "relative":
                 rest = tuple(2 * w - 1 for w in grid.window)
             bias = normal(heads, *rest)
