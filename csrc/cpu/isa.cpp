@@ -21,6 +21,8 @@ bool processor_supports(Isa isa) {
 #if TRANSFUSE_X86_LEVELS
     case Isa::avx2:
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#endif
+#if TRANSFUSE_AVX512_LEVELS
     case Isa::avx512:
       return processor_supports(Isa::avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
@@ -33,14 +35,14 @@ bool processor_supports(Isa isa) {
 std::vector<IsaLevel> find_levels() {
 #if TRANSFUSE_X86_LEVELS
   __builtin_cpu_init();
-  constexpr bool x86 = true;
+  constexpr bool avx2 = true, avx512 = TRANSFUSE_AVX512_LEVELS;
 #else
-  constexpr bool x86 = false;
+  constexpr bool avx2 = false, avx512 = false;
 #endif
   std::vector<IsaLevel> levels;
   const Isa all[] = {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::emulated512};
   for (const Isa isa : all) {
-    const bool compiled = x86 || isa == Isa::portable || isa == Isa::emulated512;
+    const bool compiled = isa == Isa::avx2 ? avx2 : isa == Isa::avx512 || isa == Isa::avx512_bf16 ? avx512 : true;
     levels.push_back({isa, isa_name(isa), compiled, compiled && processor_supports(isa)});
   }
   return levels;

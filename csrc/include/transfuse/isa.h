@@ -21,10 +21,12 @@ Isa isa_in_use();
 const char* isa_name(Isa isa);
 
 // Kernels of one level live in namespace transfuse::<level>; this macro lists the levels present in the binary.
-#if TRANSFUSE_X86_LEVELS
+#if TRANSFUSE_AVX512_LEVELS
 #define TRANSFUSE_FOR_EACH_LEVEL(X, ...) \
   X(portable, __VA_ARGS__)               \
   X(avx2, __VA_ARGS__) X(avx512, __VA_ARGS__) X(avx512_bf16, __VA_ARGS__) X(emulated512, __VA_ARGS__)
+#elif TRANSFUSE_X86_LEVELS
+#define TRANSFUSE_FOR_EACH_LEVEL(X, ...) X(portable, __VA_ARGS__) X(avx2, __VA_ARGS__) X(emulated512, __VA_ARGS__)
 #else
 #define TRANSFUSE_FOR_EACH_LEVEL(X, ...) X(portable, __VA_ARGS__) X(emulated512, __VA_ARGS__)
 #endif
