@@ -417,7 +417,7 @@ def _collect_gate(gates: dict[int, tuple[str, object]], name: str, source: KV) -
         same = gate == first
     if not same:
         raise ValueError(
-            f"{name}.gate: expected the gate of {first_name} (sources of group {source.group} "
+            f"{name}.gate: expected the gate of {first_name if first_name else 'key'} (sources of group {source.group} "
             "share one softmax and so one gate: the same number or the same tensor object), "
             f"got {_checks.describe(gate)} beside {_checks.describe(first)}"
         )

@@ -565,7 +565,8 @@ def _raw_calls(backend: str) -> tuple[RawCall, ...]:
         call = normalise(query, sources, options["blend"], options["scale"])
         present, positions = compact(call.biases)
         lists = (call.keys, call.values, present, positions, call.masks, call.indices)
-        return (call.query, *lists, call.scales, call.causal)
+        windows: list[int] = []
+        return (call.query, *lists, call.scales, call.causal, windows)
 
     def core(requires_grad: bool) -> tuple[object, ...]:
         leaves = {

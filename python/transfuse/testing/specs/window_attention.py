@@ -330,7 +330,7 @@ ERRORS = (
          extra=KV(torch.zeros(1, 2, 3, 5), torch.zeros(1, 2, 3, 4))),
     _bad("causal extra", r"extra\[0\]\.causal: expected None",
          extra=KV(_QUERY, _QUERY, causal="upper_left")),
-    _bad("gated extra", r"expected gate 1\.0", extra=KV(_QUERY, _QUERY, gate=0.5)),
+    _bad("gated extra", r"extra\[0\]\.gate: expected the gate of key", extra=KV(_QUERY, _QUERY, gate=0.5)),
     _bad("grouped extra", r"expected one group",
          extra=KV(_QUERY, _QUERY, group=1)),
     _bad("backend", r"backend: expected one of", backend="gpu"),
