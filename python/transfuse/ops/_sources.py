@@ -419,7 +419,8 @@ def _collect_gate(gates: dict[int, tuple[str, object]], name: str, source: KV) -
         raise ValueError(
             f"{name}.gate: expected the gate of {first_name if first_name else 'key'} "
             f"(sources of group {source.group} share one softmax and so one gate: the same number "
-            f"or the same tensor object), got {_checks.describe(gate)} beside {_checks.describe(first)}"
+            f"or the same tensor object), got {_checks.describe(gate)} beside "
+            f"{_checks.describe(first)}"
         )
 
 
