@@ -63,7 +63,9 @@ def _twice_derivable(spec: OpSpec, backend: str, dtype: torch.dtype, case: Case)
 
 
 def _small(spec: OpSpec, backend: str, dtype: torch.dtype, case: Case) -> bool:
-    return _kernel(backend) and "real" not in case.tags
+    """Every case in two dtypes; in the other two, which only load and store differently, some."""
+    enough = dtype in (torch.float32, torch.bfloat16) or case.name in spec.gradcheck
+    return _kernel(backend) and "real" not in case.tags and enough
 
 
 def _repeatable(spec: OpSpec, backend: str, dtype: torch.dtype, case: Case) -> bool:
