@@ -110,7 +110,13 @@ def _pack(
     rows: Sequence[Sequence[Number]], like: Tensor
 ) -> tuple[tuple[float, ...] | None, Tensor | None]:
     """Coefficients as numbers if all are, else as a float64 tensor (B or 1, J, K + 1)."""
-    flat = [entry for row in rows for entry in row]
+    flat = [
+        torch.tensor(entry, dtype=torch.float64, device=like.device)
+        if isinstance(entry, list)
+        else entry
+        for row in rows
+        for entry in row
+    ]
     if not any(isinstance(entry, Tensor) for entry in flat):
         return tuple(flat), None
     batch = max(entry.shape[0] for entry in flat if isinstance(entry, Tensor))
