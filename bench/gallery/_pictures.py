@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -103,11 +103,16 @@ def run(
     args = parser.parse_args(argv)
     if min(args.size) < smallest:
         parser.error(f"--size: expected more than {smallest - 1} rows and columns")
+    return save(lambda: draw(tuple(args.size), backend=args.backend), args.out)
+
+
+def save(draw: Callable[[], Any], out: Path) -> int:
+    """Draw a figure and write it as a PNG; the exit status, 2 where something is missing."""
     try:
-        figure = draw(tuple(args.size), backend=args.backend)
+        figure = draw()
     except Unavailable as error:
         print(error, file=sys.stderr)
         return 2
-    figure.savefig(args.out, format="png", dpi=88, pil_kwargs={"optimize": True})
-    print(f"{args.out}: {args.out.stat().st_size // 1024} kB")
+    figure.savefig(out, format="png", dpi=88, pil_kwargs={"optimize": True})
+    print(f"{out}: {out.stat().st_size // 1024} kB")
     return 0

@@ -23,6 +23,7 @@ from transfuse.methods.diffusion_control.adaptive_guidance import AdaptiveGuidan
 from transfuse.ops import DDIM, cfg_step
 
 from ..cases import Unavailable
+from ._pictures import save
 
 STEPS, SCALE, THRESHOLD, COMPONENTS, WIDTH = 20, 3.0, 0.99, 8, 0.3
 THRESHOLDS = (0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
@@ -146,14 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.samples < 2:
         parser.error("--samples: expected at least 2")
-    try:
-        figure = draw(args.samples)
-    except Unavailable as error:
-        print(error, file=sys.stderr)
-        return 2
-    figure.savefig(args.out, format="png", dpi=88, pil_kwargs={"optimize": True})
-    print(f"{args.out}: {args.out.stat().st_size // 1024} kB")
-    return 0
+    return save(lambda: draw(args.samples), args.out)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from transfuse.methods.diffusion_control.local_style_fool import (
 )
 
 from ..cases import Unavailable
-from .style_injection import shrink
+from ._pictures import save, shrink
 
 CLIP, STYLE = "china", "flower"
 ROWS, COLUMNS = 2, 3  # regions: the cells of a grid
@@ -146,14 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if min(args.size) < 12:
         parser.error("--size: expected at least 12 rows and columns")
-    try:
-        figure = draw(tuple(args.size), iterations=args.iterations)
-    except Unavailable as error:
-        print(error, file=sys.stderr)
-        return 2
-    figure.savefig(args.out, format="png", dpi=88, pil_kwargs={"optimize": True})
-    print(f"{args.out}: {args.out.stat().st_size // 1024} kB")
-    return 0
+    return save(lambda: draw(tuple(args.size), iterations=args.iterations), args.out)
 
 
 if __name__ == "__main__":

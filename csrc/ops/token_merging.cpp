@@ -143,13 +143,19 @@ std::tuple<Tensor, Tensor, Tensor> match(const Tensor& metric, const OptionalTen
   return {rows, order, start};
 }
 
+// What merging and giving back have in common: rows of (batch, row, channel) and a plan.
+MergeArgs merge_args(const Tensor& in, const char* name, const Tensor& rows, const Tensor& order, const Tensor& start) {
+  MergeArgs a;
+  a.in = tokens_view(in, name);
+  a.dtype = a.in.dtype;
+  a.depth = in.size(2);
+  a.plan = plan_view(rows, order, start, in.size(0));
+  return a;
+}
+
 Tensor segments(const Tensor& x, const OptionalTensor& scale, const Tensor& rows, const Tensor& order,
                 const Tensor& start, int64_t weighting) {
-  MergeArgs a;
-  a.in = tokens_view(x, "x");
-  a.dtype = a.in.dtype;
-  a.depth = x.size(2);
-  a.plan = plan_view(rows, order, start, x.size(0));
+  MergeArgs a = merge_args(x, "x", rows, order, start);
   STD_TORCH_CHECK(x.size(1) == a.plan.tokens, "x must have the plan's ", a.plan.tokens, " tokens, got ", x.size(1));
   a.weighting = weighting_of(weighting, 3);
   set_scale(scale, x, a.plan, &a);
@@ -161,11 +167,7 @@ Tensor segments(const Tensor& x, const OptionalTensor& scale, const Tensor& rows
 
 Tensor gather(const Tensor& y, const OptionalTensor& scale, const Tensor& rows, const Tensor& order,
               const Tensor& start, int64_t weighting) {
-  MergeArgs a;
-  a.in = tokens_view(y, "y");
-  a.dtype = a.in.dtype;
-  a.depth = y.size(2);
-  a.plan = plan_view(rows, order, start, y.size(0));
+  MergeArgs a = merge_args(y, "y", rows, order, start);
   STD_TORCH_CHECK(y.size(1) == a.plan.rows, "y must have the plan's ", a.plan.rows, " rows, got ", y.size(1));
   a.weighting = weighting_of(weighting, 2);
   set_scale(scale, y, a.plan, &a);
@@ -178,11 +180,7 @@ Tensor gather(const Tensor& y, const OptionalTensor& scale, const Tensor& rows, 
 // The second result is empty unless the winners are asked for.
 std::tuple<Tensor, Tensor> amax(const Tensor& x, const Tensor& rows, const Tensor& order, const Tensor& start,
                                 bool winners) {
-  MergeArgs a;
-  a.in = tokens_view(x, "x");
-  a.dtype = a.in.dtype;
-  a.depth = x.size(2);
-  a.plan = plan_view(rows, order, start, x.size(0));
+  MergeArgs a = merge_args(x, "x", rows, order, start);
   STD_TORCH_CHECK(x.size(1) == a.plan.tokens, "x must have the plan's ", a.plan.tokens, " tokens, got ", x.size(1));
   const std::vector<int64_t> shape = {a.plan.batch, a.plan.rows, a.depth};
   Tensor out = new_empty(x, shape, x.scalar_type());

@@ -11,10 +11,11 @@ from transfuse.integrations.diffusers import AttendProcessor, TokenMerging, patc
 from transfuse.methods.diffusion_control.style_injection import StyleInjectionOptions
 from transfuse.ops import match_tokens, merge_tokens, unmerge_tokens
 from transfuse.testing import golden
+from transfuse.testing.models import tiny_unet
 
 try:
     import diffusers
-    from diffusers import UNet2DConditionModel, UNet2DModel
+    from diffusers import UNet2DModel
 except Exception as error:  # a broken dependency of diffusers is no ImportError
     diffusers = None
     WHY = f"diffusers is not usable: {type(error).__name__}: {error}"
@@ -22,24 +23,6 @@ else:
     WHY = ""
 
 pytestmark = pytest.mark.skipif(diffusers is None, reason=WHY)
-
-
-def unet(**changes):
-    torch.manual_seed(0)
-    config = {
-        "sample_size": 8,
-        "in_channels": 4,
-        "out_channels": 4,
-        "layers_per_block": 1,
-        "block_out_channels": (16, 32),
-        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        "cross_attention_dim": 12,
-        "attention_head_dim": 2,
-        "norm_num_groups": 4,
-        **changes,
-    }
-    return UNet2DConditionModel(**config).eval()
 
 
 def inputs(batch=2, size=(8, 8)):
@@ -68,7 +51,7 @@ def snapshot(model):
 
 @pytest.mark.parametrize("options", [{}, {"random": False}, {"cross_attention": True}])
 def test_removal_restores_bit_for_bit(options):
-    model = unet()
+    model = tiny_unet()
     before, expected = snapshot(model), run(model)
     handle = patch(model, TokenMerging(**options))
     merged = run(model)
@@ -92,7 +75,7 @@ def test_removal_restores_bit_for_bit(options):
 )
 def test_equals_tomesd(batch, size, max_downsample, layers):
     tomesd = pytest.importorskip("tomesd")
-    ours, theirs = unet(), unet()
+    ours, theirs = tiny_unet(), tiny_unet()
     names = {"cross_attention": "merge_crossattn", "feed_forward": "merge_mlp"}
     names["attention"] = "merge_attn"
     tomesd.apply_patch(
@@ -125,7 +108,7 @@ def test_geometry_of_tomesd():
 
 
 def test_only_self_attention_of_the_finest_grid_by_default():
-    model = unet()
+    model = tiny_unet()
     lengths = {}
 
     def note(name):
@@ -151,7 +134,7 @@ def test_only_self_attention_of_the_finest_grid_by_default():
 
 
 def test_random_destinations():
-    model = unet()
+    model = tiny_unet()
     state = torch.get_rng_state()
     outs = []
     for seed in (0, 0, 1):
@@ -162,14 +145,14 @@ def test_random_destinations():
     assert torch.equal(outs[0][1], outs[1][1])
     assert not torch.equal(outs[0][0], outs[0][1])  # drawn anew for every call
     assert not torch.equal(outs[0][0], outs[2][0])
-    with patch(model, TokenMerging()), patch(unet(), TokenMerging(random=False)):
+    with patch(model, TokenMerging()), patch(tiny_unet(), TokenMerging(random=False)):
         odd = run(model, batch=1)
     with patch(model, TokenMerging(random=False)):
         assert torch.equal(run(model, batch=1), odd)
 
 
 def test_with_other_patches_in_any_order():
-    model = unet()
+    model = tiny_unet()
     before, expected = snapshot(model), run(model)
     with patch(model, TokenMerging(random=False)):
         merged = run(model)
@@ -188,7 +171,7 @@ def test_training_with_recomputed_blocks():
     """The gradients of a merged model do not depend on gradient checkpointing."""
     grads = []
     for checkpointing in (False, True):
-        model = unet().train()
+        model = tiny_unet().train()
         if checkpointing:
             model.enable_gradient_checkpointing()
         x, text = inputs()
@@ -201,7 +184,7 @@ def test_training_with_recomputed_blocks():
 
 
 def test_the_block_does_what_it_says():
-    model = unet()
+    model = tiny_unet()
     block = model.down_blocks[0].attentions[0].transformer_blocks[0]
     x, text = torch.randn(2, 64, 16), torch.randn(2, 5, 12)
     seen = {}
@@ -224,7 +207,7 @@ def test_the_block_does_what_it_says():
 
 
 def test_chosen_layers_and_refusals():
-    model = unet()
+    model = tiny_unet()
     with patch(model, TokenMerging(), layers=["up_blocks"]) as handle:
         assert all(name.startswith("up_blocks") for name in handle.layers)
     with pytest.raises(ValueError, match="no transformer block matches 'up_block'"):

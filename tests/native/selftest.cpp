@@ -12,6 +12,7 @@
 #include "nes_selftest.h"
 #include "token_merging_selftest.h"
 #include "transfuse/isa.h"
+#include "window_selftest.h"
 
 namespace {
 
@@ -32,6 +33,7 @@ int run(int argc, char** argv) {
   }
   std::printf("transfuse_selftest at %s\n", transfuse::isa_name(transfuse::isa_in_use()));
   selftest::attention_selftest(cases);
+  selftest::window_selftest(4 * cases);
   selftest::mix_selftest(cases);
   selftest::nes_selftest();
   selftest::token_merging_selftest(cases);

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -23,6 +19,7 @@ from transfuse.ops import (
 )
 from transfuse.ops._cfg_reference import cfg_step_reference
 from transfuse.testing import oracle
+from transfuse.testing.children import ISA_LEVELS, isa_supported, run_at_isa_level
 from transfuse.testing.specs import find_spec
 
 try:
@@ -349,20 +346,11 @@ print(_C.isa_in_use())
 """
 
 
-@pytest.mark.parametrize("level", ["portable", "avx2", "avx512", "avx512_bf16", "emulated512"])
+@pytest.mark.parametrize("level", ISA_LEVELS)
 def test_every_instruction_set(cpu, level):
-    from transfuse import _C
-
-    if not any(row["name"] == level and row["supported"] for row in _C.isa_report()):
+    if not isa_supported(level):
         pytest.skip(f"this processor does not run {level}")
-    child = subprocess.run(
-        [sys.executable, "-c", _FORCED],
-        env={**os.environ, "TRANSFUSE_CPU_ISA": level},
-        capture_output=True,
-        text=True,
-    )
-    assert child.returncode == 0, child.stderr[-4000:]
-    assert child.stdout.strip() == level
+    run_at_isa_level(_FORCED, level)
 
 
 def test_float32_is_as_good_as_eager(cpu):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import warnings
@@ -24,6 +23,7 @@ from transfuse.ops import (
 )
 from transfuse.ops._token_merging_call import random_of_cells
 from transfuse.testing import golden
+from transfuse.testing.children import ISA_LEVELS, isa_supported, run_at_isa_level
 from transfuse.testing.specs import find_spec
 
 SPEC = find_spec("match_tokens")
@@ -463,20 +463,11 @@ print(_C.isa_in_use())
 """
 
 
-@pytest.mark.parametrize("level", ["portable", "avx2", "avx512", "avx512_bf16", "emulated512"])
+@pytest.mark.parametrize("level", ISA_LEVELS)
 def test_every_instruction_set(cpu, level):
-    from transfuse import _C
-
-    if not any(row["name"] == level and row["supported"] for row in _C.isa_report()):
+    if not isa_supported(level):
         pytest.skip(f"this processor does not run {level}")
-    child = subprocess.run(
-        [sys.executable, "-c", _FORCED],
-        env={**os.environ, "TRANSFUSE_CPU_ISA": level},
-        capture_output=True,
-        text=True,
-    )
-    assert child.returncode == 0, child.stderr[-4000:]
-    assert child.stdout.strip() == level
+    run_at_isa_level(_FORCED, level)
 
 
 # -- refusals -------------------------------------------------------------------------------------

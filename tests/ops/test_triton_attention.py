@@ -10,37 +10,22 @@ out: the interpreter multiplies it wrongly.
 """
 
 import math
-import os
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+from transfuse.testing.children import INTERPRETED, run_under_interpreter
+
 pytest.importorskip("triton")
 
 if not INTERPRETED:
 
     def test_kernels_under_the_interpreter():
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        # The project's addopts are replaced: a second -q would drop the summary that is read here.
-        command = [sys.executable, "-m", "pytest", "-o", "addopts=--import-mode=importlib"]
-        command += ["-q", "-x", "-p", "no:cacheprovider"]
-        child = subprocess.run(
-            [*command, str(Path(__file__).resolve())],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=1800,
-        )
-        assert child.returncode == 0, child.stdout[-8000:] + child.stderr[-4000:]
-        passed = re.search(r"(\d+) passed", child.stdout)
-        assert passed is not None
-        assert int(passed.group(1)) > 50
-        assert "skipped" not in child.stdout
+        child = run_under_interpreter(__file__)
+        assert child.passed > 50
+        assert "skipped" not in child.output
 
     def test_compile_check_compiles_without_a_gpu():
         command = [sys.executable, "-m", "transfuse.triton_kernels.compile_check", "--jobs", "1"]

@@ -4,37 +4,19 @@ As in ``test_triton_attention.py``, the tests run in a child process that chose 
 before importing Triton: ``TRITON_INTERPRET=1 pytest tests/ops/test_triton_mix.py`` runs them.
 """
 
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from transfuse.testing import inputs, oracle
+from transfuse.testing.children import INTERPRETED, run_under_interpreter
 from transfuse.testing.specs import find_spec
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytest.importorskip("triton")
 
 if not INTERPRETED:
 
     def test_kernels_under_the_interpreter():
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "pytest", "-o", "addopts=--import-mode=importlib"]
-        child = subprocess.run(
-            [*command, "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__).resolve())],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=1800,
-        )
-        assert child.returncode == 0, child.stdout[-8000:] + child.stderr[-4000:]
-        passed = re.search(r"(\d+) passed", child.stdout)
-        assert passed is not None
-        assert int(passed.group(1)) > 80
+        assert run_under_interpreter(__file__).passed > 80
 
 else:
     NAMES = (

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from transfuse.integrations._require import unusable
 from transfuse.methods._hooks import HookHandle, Replaced
 from transfuse.ops import window_attention
 
@@ -16,11 +17,8 @@ __all__ = ["SwinAttention"]
 def _swin():
     try:
         from timm.models import swin_transformer
-    except Exception as error:  # a broken torchvision, which timm imports, is no ImportError
-        raise ImportError(
-            "timm could not be imported; install the extra: "
-            f"pip install 'transfuse[timm]' ({type(error).__name__}: {error})"
-        ) from error
+    except Exception as error:
+        raise unusable("timm", error) from error
     return swin_transformer
 
 

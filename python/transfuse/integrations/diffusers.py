@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from transfuse._registry import near_matches
 from transfuse.integrations._diffusers_merging import TokenMerging
+from transfuse.integrations._require import unusable
 from transfuse.methods._attention_layers import (
     attention_scale,
     find_attention,
@@ -58,11 +59,8 @@ class AttentionMethod(Protocol):
 def _require_diffusers():
     try:
         import diffusers
-    except Exception as error:  # a broken optional dependency of diffusers is no ImportError
-        raise ImportError(
-            "diffusers could not be imported; install the extra: "
-            f"pip install 'transfuse[diffusers]' ({type(error).__name__}: {error})"
-        ) from error
+    except Exception as error:
+        raise unusable("diffusers", error) from error
     return diffusers
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from transfuse.integrations._require import unusable
 from transfuse.integrations._timm_windows import SwinAttention
 from transfuse.methods._hooks import HookHandle, Replaced
 from transfuse.ops import KV, attend, match_tokens, merge_tokens
@@ -31,11 +32,8 @@ def _vision_transformer():
     try:
         from timm.layers import Attention
         from timm.models.vision_transformer import Block, VisionTransformer
-    except Exception as error:  # a broken torchvision, which timm imports, is no ImportError
-        raise ImportError(
-            "timm could not be imported; install the extra: "
-            f"pip install 'transfuse[timm]' ({type(error).__name__}: {error})"
-        ) from error
+    except Exception as error:
+        raise unusable("timm", error) from error
     return VisionTransformer, Block, Attention
 
 

@@ -10,6 +10,8 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 
+from transfuse.methods._attention_layers import attention_scale, run_projected_attention
+
 # Processors that compute plain softmax attention over the layer's own to_q/to_k/to_v. Replacing
 # any other one (adapters, added text keys, joint attention) would silently drop what it adds.
 PLAIN_PROCESSORS = frozenset(
@@ -65,6 +67,68 @@ def refuse_hidden(replacement: LayerReplacement) -> None:
                 "twice; use them on different layers or at different times"
             )
         below = below.previous
+
+
+class SelfAttentionOwner(Protocol):
+    """What a :class:`SelfAttentionLayer` asks for the attention itself."""
+
+    def run_layer(
+        self,
+        name: str,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        *,
+        scale: float | None,
+    ) -> Tensor: ...
+
+
+class SelfAttentionLayer:
+    """The replacement on one self-attention layer whose attention its patch computes.
+
+    A subclass says when it is ``idle``, and in ``reason`` why it cannot follow a context.
+
+    Args:
+        owner: The patch.
+        name: The layer's name.
+    """
+
+    plain = False
+    reason: str
+
+    def __init__(self, owner: SelfAttentionOwner, name: str) -> None:
+        self.name = name
+        self.previous: Any = None
+        self._owner = owner
+
+    @property
+    def idle(self) -> bool:
+        raise NotImplementedError("a subclass says when it only passes the call on")
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        if self.idle:
+            return self.previous(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        if encoder_hidden_states is not None:
+            raise ValueError(
+                f"layer {self.name!r} received a context: it is cross-attention, and "
+                f"{self.reason}; leave it out of layers"
+            )
+        refuse_hidden(self)
+
+        def core(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+            return self._owner.run_layer(
+                self.name, query, key, value, mask, scale=attention_scale(attn)
+            )
+
+        return run_projected_attention(attn, core, hidden_states, None, attention_mask, temb)
 
 
 def _has_processor(layer: nn.Module) -> bool:

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
+from gaussian_mixture import Mixture, schedule
 
 from transfuse.methods.diffusion_control._linear_guidance import History
 from transfuse.methods.diffusion_control.adaptive_guidance import AdaptiveGuidance, LinearGuidance
 from transfuse.ops import DDIM, cfg_step
 
-_SPEC = importlib.util.spec_from_file_location("_mixture", Path(__file__).with_name("_mixture.py"))
-_mixture = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(_mixture)
-
 STEPS, SCALE, COUNT = 20, 3.0, 256
-ALPHAS = _mixture.schedule(STEPS)
-MODEL = _mixture.Mixture()
+ALPHAS = schedule(STEPS)
+MODEL = Mixture()
 SKIPPED = (1, 3, 5, 7, 9)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import transfuse.ops
-from transfuse.methods.diffusion_control import diff_styler
+from transfuse.methods.diffusion_control import _injected_self_attention
 from transfuse.methods.diffusion_control.diff_styler import (
     DiffStyler,
     DiffStylerOptions,
@@ -126,7 +126,7 @@ def test_one_call_of_attend_with_index_maps(monkeypatch):
         calls.append((sources, options["blend"]))
         return transfuse.ops.attend(query, sources, **options)
 
-    monkeypatch.setattr(diff_styler, "attend", spy)
+    monkeypatch.setattr(_injected_self_attention, "attend", spy)
     q, k, v = qkv()
     injected_self_attention(q, k, v, rate=0.5, n_source=2)
     ((source, blend),) = calls

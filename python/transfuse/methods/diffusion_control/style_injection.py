@@ -36,22 +36,19 @@ import inspect
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from transfuse._registry import register
 from transfuse.methods._attention_layers import (
-    attention_scale,
     masked_source,
-    run_projected_attention,
     select_attention,
 )
 from transfuse.methods._attention_patch import (
     ModelPatch,
     PatchHandle,
-    refuse_hidden,
+    SelfAttentionLayer,
 )
 from transfuse.methods.diffusion_control._ddim import (
     DDIMStep,
@@ -240,43 +237,13 @@ def inject(
     return attend(query, source, blend=blend, scale=scale, backend=backend)
 
 
-class _InjectionLayer:
-    """The replacement on one layer; asks its injector what to do."""
-
-    plain = False
-
-    def __init__(self, injector: StyleInjector, name: str) -> None:
-        self.name = name
-        self._injector = injector
-        self.previous: Any = None
+class _InjectionLayer(SelfAttentionLayer):
+    _owner: StyleInjector
+    reason = "style injection works on self-attention"
 
     @property
     def idle(self) -> bool:
-        return self._injector.mode is None
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-    ) -> Tensor:
-        if self.idle:
-            return self.previous(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
-        if encoder_hidden_states is not None:
-            raise ValueError(
-                f"layer {self.name!r} received a context: it is cross-attention, and style "
-                "injection works on self-attention; leave it out of layers"
-            )
-        refuse_hidden(self)
-
-        def core(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-            return self._injector.run_layer(
-                self.name, query, key, value, mask, scale=attention_scale(attn)
-            )
-
-        return run_projected_attention(attn, core, hidden_states, None, attention_mask, temb)
+        return self._owner.mode is None
 
 
 @register(
