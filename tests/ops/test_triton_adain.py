@@ -18,12 +18,13 @@ pytest.importorskip("triton")
 if not INTERPRETED:
 
     def test_kernels_under_the_interpreter():
-        assert run_under_interpreter(__file__).passed > 40
+        assert run_under_interpreter(__file__).passed > 35
 
 else:
     SPEC = find_spec("adain")
-    # The interpreter runs programs one after the other: many planes take it long.
-    MANY = {"primes", "channels last, wide", "channels last, very wide"}
+    # The interpreter runs programs one after the other: many planes, or long ones, take it long.
+    # ("large mean" has planes of several blocks.)
+    MANY = {"primes", "long planes", "channels last, wide", "channels last, very wide"}
     CASES = [c for c in SPEC.cases if not c.tags & {"bench", "real"} and c.name not in MANY]
     HALF = ["plain", "shared style", "batch statistics", "channels last", "tokens"]
 
@@ -81,9 +82,12 @@ else:
     def test_half_precision(name, dtype):
         _check(SPEC.case(name), dtype)
 
-    # torch itself refuses forward mode at an expanded tensor.
-    @pytest.mark.parametrize("kind", [k for k in inputs.STRIDES if k != "expanded"])
-    @pytest.mark.parametrize("name", ["plain", "channels last"])
+    # torch itself refuses forward mode at an expanded tensor. Planes beside each other have many
+    # more programs to interpret.
+    @pytest.mark.parametrize(
+        ("name", "kind"),
+        [("plain", k) for k in inputs.STRIDES if k != "expanded"] + [("channels last", "sliced")],
+    )
     def test_strides(name, kind):
         case = SPEC.case(name)
         tensors = case.build(torch.float32).tensors
