@@ -28,7 +28,7 @@ def _backward(ctx, grad):
 
 
 def register() -> None:
-    """Attach the fake and the derivative to the C++ op; called once, after the library is loaded."""
+    """Attach fake and derivative to the C++ op; called once, after the library is loaded."""
     global _registered
     if _registered:
         return

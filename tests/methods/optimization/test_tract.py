@@ -213,7 +213,7 @@ def test_differentiating_again_is_refused():
     plain = nn.functional.linear(x, layer.weight.detach(), layer.bias.detach())
     (slope,) = torch.autograd.grad(plain.square().sum(), x, create_graph=True)
     torch.testing.assert_close(penalty, torch.autograd.grad(slope.square().sum(), x)[0])
-    with pytest.raises(NotImplementedError, match="TrAct: the weight gradient .* cannot be diff"):
+    with pytest.raises(NotImplementedError, match=r"TrAct: the weight gradient .* cannot be diff"):
         torch.autograd.grad(grads[1].sum(), x)
 
 

@@ -287,7 +287,7 @@ def test_noise_on_embeddings_and_inputs():
     optimizer.step(closure)
     assert optimizer.radius > 0
     assert not net[0]._forward_hooks
-    with pytest.raises(TypeError, match="expected a floating input .* give the embedding"):
+    with pytest.raises(TypeError, match=r"expected a floating input .* give the embedding"):
         TRAM(net.parameters(), sgd(), target=InputNoise(net)).step(closure)
     assert not net._forward_pre_hooks
     noise = InputNoise(nn.Identity(), 0.5, generator=torch.Generator().manual_seed(1))

@@ -49,9 +49,7 @@ def least_distance(
     size = torch.where(size > 0, size, 1.0)
     g, c = gram / scale[..., None], b / size
     h = g + c[:, :, None] * c[:, None, :]
-    u = _nonnegative(h, c, rows, None, tol)
-    if start is not None:
-        u = _nonnegative(h, c, rows, _warm(start * scale / size, c), tol)
+    u = _nonnegative(h, c, rows, None if start is None else _warm(start * scale / size, c), tol)
     rho = 1.0 - (c * u).sum(-1, keepdim=True)
     feasible = rho[..., 0] > EMPTY
     mu = u / torch.where(rho > EMPTY, rho, 1.0)
@@ -109,11 +107,17 @@ def _nonnegative(h: Tensor, c: Tensor, rows: Tensor, start: Tensor | None, tol: 
 
 def _solve_on(h: Tensor, c: Tensor, passive: Tensor) -> Tensor:
     """The solution of h u = c on the passive rows, 0 elsewhere."""
-    p = passive.to(h.dtype)
-    inner = h * p[:, :, None] * p[:, None, :] + torch.diag_embed(1.0 - p)
-    solution, info = torch.linalg.solve_ex(inner, (c * p)[..., None])
-    solution = torch.where((info != 0)[:, None], 0.0, solution[..., 0])
-    return torch.where(solution.isfinite(), solution, 0.0)
+    # The passive rows in front, as many as the largest set has.
+    count = int(passive.sum(-1).max())
+    order = (~passive).to(torch.int8).argsort(stable=True, dim=-1)[:, :count]
+    p = passive.gather(-1, order).to(h.dtype)
+    inner = h.gather(1, order[:, :, None].expand(-1, -1, h.shape[2]))
+    inner = inner.gather(2, order[:, None, :].expand(-1, count, -1))
+    inner = inner * p[:, :, None] * p[:, None, :] + torch.diag_embed(1.0 - p)
+    solution, info = torch.linalg.solve_ex(inner, (c.gather(-1, order) * p)[..., None])
+    solution = torch.where((info != 0)[:, None], 0.0, solution[..., 0] * p)
+    solution = torch.where(solution.isfinite(), solution, 0.0)
+    return torch.zeros_like(c).scatter(-1, order, solution)
 
 
 def _polished(g: Tensor, c: Tensor, mu: Tensor) -> Tensor:

@@ -70,7 +70,10 @@ class Polyhedron:
         self._start: Tensor | None = None
 
     def project(self, v: Tensor | None = None) -> Projection:
-        """The W nearest to v (I, d, d); without it, the smallest. Starts where the last one ended."""
+        """The W nearest to v (I, d, d); without it, the smallest.
+
+        Starts where the last projection ended.
+        """
         rows = self.rows
         need = rows.rhs if v is None else rows.rhs - rows.apply(v)
         known = torch.einsum("irs,is->ir", self._inverse, need * self._equal)

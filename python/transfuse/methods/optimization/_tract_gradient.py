@@ -147,10 +147,10 @@ def _factor(moment: Tensor, lam: float) -> Tensor:
     """Cholesky factor of ``moment + lam I``; NaN where there is none and asking would wait."""
     moment = moment + lam * torch.eye(moment.shape[0], dtype=moment.dtype, device=moment.device)
     factor, info = torch.linalg.cholesky_ex(moment)
-    if moment.device.type == "cpu" and not torch.compiler.is_compiling():
-        if int(info) != 0 and bool(moment.isfinite().all()):
-            raise RuntimeError(
-                f"TrAct: x^T x / b + lam I is not positive definite in {moment.dtype}; lam = "
-                f"{lam:g} is too small for inputs of mean square {moment.diagonal().mean():g}"
-            )
+    readable = moment.device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable and int(info) != 0 and bool(moment.isfinite().all()):
+        raise RuntimeError(
+            f"TrAct: x^T x / b + lam I is not positive definite in {moment.dtype}; lam = "
+            f"{lam:g} is too small for inputs of mean square {moment.diagonal().mean():g}"
+        )
     return torch.where(info != 0, torch.nan, factor)

@@ -305,9 +305,13 @@ class TRAM(SAM):
         grads = [p.grad for p in params]
         for p in params:
             p.grad = None
-        with self._still(), self._same_dropout(state), self._fisher.noise.noise():
-            with torch.enable_grad():
-                closure()[0].backward()
+        with (
+            self._still(),
+            self._same_dropout(state),
+            self._fisher.noise.noise(),
+            torch.enable_grad(),
+        ):
+            closure()[0].backward()
         noisy = [p.grad for p in params]
         for p, grad in zip(params, grads, strict=True):
             p.grad = grad
