@@ -16,8 +16,8 @@ from transfuse.ops._patch_gram_reference import composed, defined
 
 __all__ = ["patch_gram"]
 
-_backend.declare("patch_gram", ("reference",))
-if _native.status().loaded and hasattr(torch.ops.transfuse, "patch_gram"):
+_backend.declare("patch_gram", ("reference", "cpu", "triton"))
+if _native.status().loaded:
     _patch_gram_ops.register()
 
 

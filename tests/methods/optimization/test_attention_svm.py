@@ -423,7 +423,7 @@ def test_other_refusals():
         head_weights(torch.ones(4, 4), torch.ones(4, 4), 3)
     with pytest.raises(ValueError, match="log_probs: expected shape"):
         several_tokens(x, z, torch.zeros(2, 4))
+    xs, zs, _ = sequences(2, 3, 8)
+    log_s = torch.zeros(2, 3).double().log_softmax(-1)
     with pytest.raises(ValueError, match="trained: expected shape"):
-        xs, zs, _ = sequences(2, 3, 8)
-        log_s = torch.zeros(2, 3).double().log_softmax(-1)
         several_tokens(xs, zs, log_s, trained=torch.eye(4))
