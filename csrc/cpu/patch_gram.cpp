@@ -271,9 +271,10 @@ struct Gram {
     for (int64_t image = begin; image < end; ++image) {
       const T* base = packed.memory.get() + image * packed.image_stride + task.channel * packed.channel_stride +
                       task.phase_down * packed.row_stride + task.phase_across * packed.phase_stride + packed.front;
-      for (int64_t b = 0; b < blocks; ++b)
-        for (size_t k = 0; k < rows.size(); ++k)
-          for (int64_t r = rows[k].begin; r < rows[k].end; r += kRowBlock)
+      // Vectors innermost: neighbours share cache lines.
+      for (size_t k = 0; k < rows.size(); ++k)
+        for (int64_t r = rows[k].begin; r < rows[k].end; r += kRowBlock)
+          for (int64_t b = 0; b < blocks; ++b)
             correlate_all<T, kA>(base + lowest + b * W + r * step, packed.channel_stride, offsets,
                                  std::min(kRowBlock, rows[k].end - r), step,
                                  sums.data() + (slot_of[(size_t)b] * (int64_t)rows.size() + (int64_t)k) * plane);

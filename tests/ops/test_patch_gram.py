@@ -68,7 +68,7 @@ def test_images_in_pieces(monkeypatch):
 
 def test_patch_embeddings_run_as_one_product():
     """Where no two patches meet; pixels that no patch reaches do not count."""
-    x = torch.randn(2, 3, 11, 14)
+    x = torch.randn(2, 3, 11, 14).double()
     torch.testing.assert_close(
         patch_gram(x, (3, 4), stride=(3, 4)), unfolded(x, (3, 4), stride=(3, 4))
     )

@@ -1,8 +1,8 @@
 """The differentiable core of patch_gram: kernels by backend, and the rules of its derivatives.
 
 S(x) = P(x) P(x)^T for the patches P (n, L), linear in x. With a cotangent G the gradient is the
-fold of (G + G^T) P(x), whose inner product is a convolution of x; the tangent along y is
-P(x) P(y)^T plus its transpose. Both are torch operations, so further derivatives are torch's.
+fold of (G + G^T) P(x); the tangent along y is P(x) P(y)^T plus its transpose. Both are torch
+operations, so further derivatives are torch's.
 """
 
 from __future__ import annotations
@@ -43,23 +43,12 @@ def gradient(x: Tensor, cotangent: Tensor, geometry: Geometry) -> Tensor:
     if x.numel() == 0:
         return torch.zeros_like(x)
     kernel, stride, padding, dilation = geometry
-    groups, batch, channels, height, width = x.shape
     weight = cotangent + cotangent.mT
-    n = weight.shape[-1]
-    # The groups side by side as channels: one grouped convolution.
-    side = x.to(weight.dtype).transpose(0, 1).reshape(batch, groups * channels, height, width)
-    turned = F.conv2d(
-        side,
-        weight.reshape(groups * n, channels, *kernel),
-        None,
-        stride,
-        padding,
-        dilation,
-        groups,
-    )
-    flat = turned.flatten(2).unflatten(1, (groups, n)).flatten(0, 1)
-    image = F.fold(flat, (height, width), kernel, dilation, padding, stride)
-    return image.unflatten(0, (batch, groups)).transpose(0, 1).to(x.dtype)
+    # Products of patches and not a convolution: torch's vary with the number of threads.
+    p = patches(x.to(weight.dtype).flatten(0, 1), geometry).unflatten(0, x.shape[:2])
+    turned = (weight[:, None] @ p).flatten(0, 1)
+    image = F.fold(turned, x.shape[3:], kernel, dilation, padding, stride)
+    return image.unflatten(0, x.shape[:2]).to(x.dtype)
 
 
 def _vjp(static: Static, tensors: Tensors, outputs: Tensors, grads: Tensors, needs) -> list:

@@ -60,8 +60,8 @@ def patch_gram(
         over short stretches and then float64. Where patches do not overlap (patch embeddings), that
         product is the best there is, and what runs by default.
 
-        The same bits come out on every run and for every number of threads. First derivatives are
-        one convolution and one fold; derivatives of any order are torch's.
+        The same bits come out on every run and for every number of threads. Derivatives
+        of any order are composed of torch operations, which unfold; forward over forward raises.
 
     Reference:
         Petersen et al. 2024, TrAct: Making first-layer pre-activations trainable
