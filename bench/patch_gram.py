@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from transfuse.ops import patch_gram
 
-from .cases import Case, Setup, Target, Tensors, Workload
+from .cases import GRAD, Case, Setup, Target, Tensors, Workload
 from .inputs import normal
 
 FLOOR = (
@@ -54,14 +54,16 @@ def _make(
         count = (height + 2 * padding - kernel) // stride + 1
         positions = ((height + 2 * padding) // stride) * ((width + 2 * padding) // stride)
         n = channels * kernel * kernel
+        grad = normal(n, n, generator=setup.generator(), dtype=torch.float32, device=setup.device)
         return Workload(
-            tensors={"x": x},
+            tensors={"x": x, GRAD: grad},
             ours=lambda t: patch_gram(
                 t["x"], kernel, stride=stride, padding=padding, backend=setup.backend
             ),
             reference=eager,
             expressions={"eager": eager, "separate": separate},
             yardstick=None,
+            differentiable=("x",),
             flops=2 * batch * positions * channels**2 * _correlations(kernel, stride),
             bytes=x.numel() * x.element_size() + 4 * n * n,
             floor_note=FLOOR,
@@ -123,6 +125,7 @@ CASES = (
         targets=(Target(dtype="float32", quick=9),),
         peers=("eager",),
         quick_peers=("eager",),
+        modes=("forward", "backward", "full"),
         hidden=True,
     ),
 )

@@ -20,8 +20,9 @@ namespace {
 constexpr int kTileChannels = 3, kTilePartners = 4;  // 12 sums, 3 operands and 1 more: 16 registers
 constexpr int64_t kRowBlock = 24;                    // rows of a strip that stay in the first-level cache
 constexpr int64_t kPacked = int64_t(64) << 20;       // bytes of packed images at a time
-constexpr int64_t kFewTasks = 16;                    // below this, distances are divided further
-constexpr int64_t kPartWork = int64_t(1) << 18;      // patches from which images are divided among tasks
+constexpr int64_t kBundles = 8;                      // tasks are taken together in so many; fewer are divided further
+constexpr int64_t kBundleSums = 1 << 16;             // more bundles where one would hold more sums than this
+constexpr int64_t kPartWork = int64_t(1) << 16;      // patches from which images are divided too
 constexpr int64_t kMaxParts = 8;
 constexpr int64_t kShortSums = 256;   // additions in single precision before sums are widened
 constexpr int64_t kSerial = 1 << 15;  // multiplications below which waking other threads does not pay
@@ -138,6 +139,113 @@ TRANSFUSE_INLINE void correlate_all(const T* a, int64_t channel_stride, const st
 
 int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
 
+// The sums of one task.
+template <class T>
+struct Sweep {
+  static constexpr int W = Simd<T>::W;
+  const Task& task;
+  const Axis &down, &across;
+  const Packed<T>& packed;
+  const std::vector<Segment> rows;
+  // Lattice columns from the lowest that a window holds, in vectors; those that all windows hold share a slot.
+  int64_t lowest = INT64_MAX, highest = 0, blocks = 0, inner = -1, plane = 0;
+  std::vector<int64_t> slot_of, slot_start, offsets;
+  std::vector<T> sums;       // (slot, segment, partner, channel, lane)
+  std::vector<double> wide;  // the same
+
+  Sweep(const Task& t, const Axis& d, const Axis& a, const Packed<T>& p)
+      : task(t), down(d), across(a), packed(p), rows(segments(d, t.down)) {
+    for (int64_t j = 0; j < across.kernel; ++j)
+      if (across.phase(j) == task.phase_across) {
+        lowest = std::min(lowest, across.first(j));
+        highest = std::max(highest, across.first(j));
+      }
+    blocks = (highest - lowest + across.count + W - 1) / W;
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t t0 = lowest + b * W;
+      const bool common = t0 >= highest && t0 + W <= lowest + across.count;
+      if (!common || inner < 0) {
+        slot_start.push_back(t0);
+        if (common) inner = (int64_t)slot_start.size() - 1;
+      }
+      slot_of.push_back(common ? inner : (int64_t)slot_start.size() - 1);
+    }
+    for (const Partner& partner : task.partners) {
+      const int64_t column = task.phase_across + across.offset(partner.apart), shift = floor_div(column, across.step);
+      offsets.push_back((partner.channel - task.channel) * packed.channel_stride +
+                        down.offset(task.apart_down) * packed.row_stride +
+                        (column - shift * across.step - task.phase_across) * packed.phase_stride + shift);
+    }
+    plane = (int64_t)task.partners.size() * task.channels * W;
+    sums.assign(slot_start.size() * rows.size() * (size_t)plane, T(0));
+    wide.assign(sums.size(), 0.0);
+  }
+
+  // Lattice rows [begin, end) of an image.
+  void add(const T* image, int64_t begin, int64_t end) {
+    const int64_t step = down.step * packed.row_stride;
+    const T* base = image + task.channel * packed.channel_stride + task.phase_down * packed.row_stride +
+                    task.phase_across * packed.phase_stride + packed.front + lowest;
+    for (size_t k = 0; k < rows.size(); ++k) {
+      const int64_t first = std::max(begin, rows[k].begin), count = std::min(end, rows[k].end) - first;
+      if (count <= 0) continue;
+      for (int64_t b = 0; b < blocks; ++b) {
+        const T* a = base + b * W + first * step;
+        T* to = sums.data() + (slot_of[(size_t)b] * (int64_t)rows.size() + (int64_t)k) * plane;
+        switch (task.channels) {
+          case 3: correlate_all<T, 3>(a, packed.channel_stride, offsets, count, step, to); break;
+          case 2: correlate_all<T, 2>(a, packed.channel_stride, offsets, count, step, to); break;
+          default: correlate_all<T, 1>(a, packed.channel_stride, offsets, count, step, to); break;
+        }
+      }
+    }
+  }
+
+  void widen() {
+    for (size_t i = 0; i < sums.size(); ++i) wide[i] += (double)sums[i];
+    std::fill(sums.begin(), sums.end(), T(0));
+  }
+
+  // What the windows that start at column offset j hold, of one segment.
+  double window(int64_t partner, int64_t a, int64_t j, int64_t segment) const {
+    const int64_t first = across.first(j), last = first + across.count;
+    double sum = 0.0;
+    for (int64_t slot = 0; slot < (int64_t)slot_start.size(); ++slot) {
+      const double* lanes =
+          wide.data() + (slot * (int64_t)rows.size() + segment) * plane + (partner * task.channels + a) * W;
+      for (int64_t lane = 0; lane < W; ++lane) {
+        const int64_t t = slot_start[(size_t)slot] + lane;
+        if (slot == inner || (t >= first && t < last)) sum += lanes[lane];
+      }
+    }
+    return sum;
+  }
+
+  void finish(double* s, int64_t n) const {
+    std::vector<double> per_segment(rows.size());
+    for (size_t p = 0; p < task.partners.size(); ++p) {
+      const Partner& partner = task.partners[p];
+      for (int64_t a = 0; a < task.channels; ++a) {
+        const int64_t channel = task.channel + a;
+        // Of a pair at distance 0 one order is enough.
+        if (task.apart_down == 0 && partner.apart == 0 && partner.channel < channel) continue;
+        for (const int64_t j : members(across, task.phase_across, partner.apart)) {
+          for (size_t k = 0; k < rows.size(); ++k) per_segment[k] = window((int64_t)p, a, j, (int64_t)k);
+          for (const int64_t i : task.down) {
+            double sum = 0.0;
+            for (size_t k = 0; k < rows.size(); ++k)
+              if (down.first(i) <= rows[k].begin && rows[k].end <= down.first(i) + down.count) sum += per_segment[k];
+            const int64_t row = (channel * down.kernel + i) * across.kernel + j;
+            const int64_t column =
+                (partner.channel * down.kernel + i + task.apart_down) * across.kernel + j + partner.apart;
+            s[std::min(row, column) * n + std::max(row, column)] += sum;
+          }
+        }
+      }
+    }
+  }
+};
+
 template <class T>
 struct Gram {
   static constexpr int W = Simd<T>::W;
@@ -210,7 +318,7 @@ struct Gram {
                 {phase_down, phase, apart, c, std::min<int64_t>(kTileChannels, channels - c), partners, rows});
         }
       }
-    if ((int64_t)found.size() >= kFewTasks) return found;
+    if ((int64_t)found.size() >= kBundles) return found;
     std::vector<Task> divided;
     for (const Task& task : found)
       for (size_t k = 0; k < task.partners.size(); k += 2 * kTilePartners) {
@@ -222,100 +330,23 @@ struct Gram {
     return divided;
   }
 
-  // Adds the task's correlations over packed images [begin, end) to its entries of S (n, n), above the diagonal.
-  void run(const Task& task, int64_t begin, int64_t end, double* s) const {
-    switch (task.channels) {
-      case 3: run_with<3>(task, begin, end, s); break;
-      case 2: run_with<2>(task, begin, end, s); break;
-      default: run_with<1>(task, begin, end, s); break;
-    }
-  }
-
-  template <int kA>
-  void run_with(const Task& task, int64_t begin, int64_t end, double* s) const {
-    const std::vector<Segment> rows = segments(down, task.down);
-    // Lattice columns that windows of this phase hold, the parts that all of them do, and vectors of them.
-    int64_t lowest = INT64_MAX, highest = 0;
-    for (int64_t j = 0; j < across.kernel; ++j)
-      if (across.phase(j) == task.phase_across) {
-        lowest = std::min(lowest, across.first(j));
-        highest = std::max(highest, across.first(j));
-      }
-    const int64_t blocks = (highest - lowest + across.count + W - 1) / W;
-    std::vector<int64_t> slot_of((size_t)blocks), slot_start;
-    int64_t inner = -1;
-    for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t t = lowest + b * W;
-      const bool common = t >= highest && t + W <= lowest + across.count;
-      if (!common || inner < 0) {
-        slot_start.push_back(t);
-        if (common) inner = (int64_t)slot_start.size() - 1;
-      }
-      slot_of[(size_t)b] = common ? inner : (int64_t)slot_start.size() - 1;
-    }
-    const int64_t slots = (int64_t)slot_start.size(), partners = (int64_t)task.partners.size();
-    const int64_t plane = partners * kA * W, total = slots * (int64_t)rows.size() * plane;
-
-    std::vector<int64_t> offsets;
-    for (const Partner& p : task.partners) {
-      const int64_t column = task.phase_across + across.offset(p.apart), shift = floor_div(column, across.step);
-      offsets.push_back((p.channel - task.channel) * packed.channel_stride +
-                        down.offset(task.apart_down) * packed.row_stride +
-                        (column - shift * across.step - task.phase_across) * packed.phase_stride + shift);
-    }
-    std::vector<T> sums((size_t)total, T(0));
-    std::vector<double> wide((size_t)total, 0.0);
-    const int64_t additions = blocks * ((down.count + kRowBlock - 1) / kRowBlock);
+  // Adds the tasks' correlations over packed images [begin, end) to their entries of S (n, n), above the diagonal.
+  // Blocks of rows outermost: what one task has loaded is there for the next.
+  void run(const Task* first, const Task* last, int64_t begin, int64_t end, double* s) const {
+    std::vector<Sweep<T>> sweeps;
+    sweeps.reserve((size_t)(last - first));
+    for (const Task* task = first; task != last; ++task) sweeps.emplace_back(*task, down, across, packed);
+    const int64_t rows = down.first(down.kernel - 1) + down.count;
+    const int64_t additions = (across.count / W + 1) * (rows / kRowBlock + 1);
     const int64_t period = std::max<int64_t>(1, std::min<int64_t>(32, kShortSums / additions));
-    const int64_t step = down.step * packed.row_stride;
     for (int64_t image = begin; image < end; ++image) {
-      const T* base = packed.memory.get() + image * packed.image_stride + task.channel * packed.channel_stride +
-                      task.phase_down * packed.row_stride + task.phase_across * packed.phase_stride + packed.front;
-      // Vectors innermost: neighbours share cache lines.
-      for (size_t k = 0; k < rows.size(); ++k)
-        for (int64_t r = rows[k].begin; r < rows[k].end; r += kRowBlock)
-          for (int64_t b = 0; b < blocks; ++b)
-            correlate_all<T, kA>(base + lowest + b * W + r * step, packed.channel_stride, offsets,
-                                 std::min(kRowBlock, rows[k].end - r), step,
-                                 sums.data() + (slot_of[(size_t)b] * (int64_t)rows.size() + (int64_t)k) * plane);
-      if ((image - begin + 1) % period == 0 || image + 1 == end) {
-        for (int64_t i = 0; i < total; ++i) wide[(size_t)i] += (double)sums[(size_t)i];
-        std::fill(sums.begin(), sums.end(), T(0));
-      }
+      const T* base = packed.memory.get() + image * packed.image_stride;
+      for (int64_t row = 0; row < rows; row += kRowBlock)
+        for (Sweep<T>& sweep : sweeps) sweep.add(base, row, row + kRowBlock);
+      if ((image - begin + 1) % period == 0 || image + 1 == end)
+        for (Sweep<T>& sweep : sweeps) sweep.widen();
     }
-
-    std::vector<double> per_segment(rows.size());
-    for (int64_t p = 0; p < partners; ++p) {
-      const Partner& partner = task.partners[(size_t)p];
-      for (int64_t a = 0; a < kA; ++a) {
-        const int64_t channel = task.channel + a;
-        // Of a pair at distance 0 one order is enough.
-        if (task.apart_down == 0 && partner.apart == 0 && partner.channel < channel) continue;
-        for (const int64_t j : members(across, task.phase_across, partner.apart)) {
-          const int64_t first = across.first(j), last = first + across.count;
-          for (size_t k = 0; k < rows.size(); ++k) {
-            double sum = 0.0;
-            for (int64_t slot = 0; slot < slots; ++slot) {
-              const double* lanes = wide.data() + (slot * (int64_t)rows.size() + (int64_t)k) * plane + (p * kA + a) * W;
-              for (int64_t lane = 0; lane < W; ++lane) {
-                const int64_t t = slot_start[(size_t)slot] + lane;
-                if (slot == inner || (t >= first && t < last)) sum += lanes[lane];
-              }
-            }
-            per_segment[k] = sum;
-          }
-          for (const int64_t i : task.down) {
-            double sum = 0.0;
-            for (size_t k = 0; k < rows.size(); ++k)
-              if (down.first(i) <= rows[k].begin && rows[k].end <= down.first(i) + down.count) sum += per_segment[k];
-            const int64_t row = (channel * down.kernel + i) * across.kernel + j;
-            const int64_t column =
-                (partner.channel * down.kernel + i + task.apart_down) * across.kernel + j + partner.apart;
-            s[std::min(row, column) * n + std::max(row, column)] += sum;
-          }
-        }
-      }
-    }
+    for (const Sweep<T>& sweep : sweeps) sweep.finish(s, n);
   }
 
   // ---- all of it ----------------------------------------------------------------------------------------------------
@@ -330,6 +361,10 @@ struct Gram {
     packed.memory.reset(new T[(size_t)(std::min(held, batch) * packed.image_stride)]);
     std::vector<double> s((size_t)(parts * n * n), 0.0);
     const std::vector<Task> all = tasks();
+    // Not more sums in a bundle than the second-level cache holds (about three slots of five segments).
+    int64_t held_sums = 0;
+    for (const Task& task : all) held_sums += (int64_t)task.partners.size() * task.channels * W * 15;
+    const int64_t bundles = std::min<int64_t>(std::max(kBundles, held_sums / kBundleSums), (int64_t)all.size());
     for (int64_t start = 0; start < batch; start += held) {
       const int64_t images = std::min(held, batch - start);
       for_each_task(parallel, images * channels, [&](int64_t i) {
@@ -337,9 +372,13 @@ struct Gram {
         pack(index, start + i / channels, i % channels, to);
       });
       const int64_t share = (images + parts - 1) / parts;
-      for_each_task(parallel, (int64_t)all.size() * parts, [&](int64_t i) {
+      for_each_task(parallel, bundles * parts, [&](int64_t i) {
         const int64_t part = i % parts, begin = std::min(images, part * share), end = std::min(images, begin + share);
-        if (begin < end) run(all[(size_t)(i / parts)], begin, end, s.data() + part * n * n);
+        const int64_t bundle = i / parts, tasks = (int64_t)all.size();
+        const Task* first = all.data();
+        if (begin < end)
+          run(first + bundle * tasks / bundles, first + (bundle + 1) * tasks / bundles, begin, end,
+              s.data() + part * n * n);
       });
     }
     T* out = static_cast<T*>(args.out) + index * n * n;

@@ -48,17 +48,34 @@ def test_golden_solutions():
     torch.testing.assert_close(nuclear.norm, want["nuclear_norm"], rtol=1e-5, atol=0)
 
 
+def separable(x, z, alpha):
+    """Whether a linear programme finds any W with margins of 1."""
+    from scipy.optimize import linprog
+
+    rows = [
+        torch.outer(x[s, alpha[s]] - x[s, t], z[s]).flatten()
+        for s in range(x.shape[0])
+        for t in range(x.shape[1])
+        if t != int(alpha[s])
+    ]
+    a = torch.stack(rows).numpy()
+    zeros, ones = torch.zeros(a.shape[1]).numpy(), torch.ones(a.shape[0]).numpy()
+    return linprog(zeros, A_ub=-a, b_ub=-ones, bounds=(None, None)).status == 0
+
+
 @pytest.mark.parametrize(
     ("n", "tokens", "d"), [(4, 5, 10), (1, 2, 3), (6, 6, 12), (3, 4, 2), (2, 1, 3)]
 )
 def test_solutions_are_optimal(n, tokens, d):
     """W is a positive combination of the rows on the margin: necessary and sufficient."""
     x, z, alpha = sequences(n, tokens, d, (10,), seed=n)
+    refused = 0
     for i in range(10):
         try:
             found = att_svm(x[i], z[i], alpha[i])
         except ValueError:
-            assert d == 2, "many dimensions separate everything"
+            assert not separable(x[i], z[i], alpha[i])
+            refused += 1
             continue
         assert found.margins.min() >= 1 - 1e-8
         rows = [
@@ -76,6 +93,7 @@ def test_solutions_are_optimal(n, tokens, d):
         assert residual < 1e-7 * w.norm()
         # Strong duality: |W|^2 is the sum of the multipliers.
         torch.testing.assert_close(w.square().sum().item(), mu.sum(), rtol=1e-6, atol=1e-9)
+    assert (refused > 0) == (d == 2), "many dimensions separate everything"
 
 
 def test_instances_do_not_meet():
@@ -423,6 +441,9 @@ def test_other_refusals():
         head_weights(torch.ones(4, 4), torch.ones(4, 4), 3)
     with pytest.raises(ValueError, match="log_probs: expected shape"):
         several_tokens(x, z, torch.zeros(2, 4))
+    for value in (0.5, torch.nan):
+        with pytest.raises(ValueError, match="log_probs: expected logarithms of probabilities"):
+            several_tokens(x, z, torch.full((2, 3), value))
     xs, zs, _ = sequences(2, 3, 8)
     log_s = torch.zeros(2, 3).double().log_softmax(-1)
     with pytest.raises(ValueError, match="trained: expected shape"):

@@ -507,6 +507,15 @@ def test_interrupted_training_goes_on_the_same(target):
     assert torch.equal(flat(net.parameters()), flat(other.parameters()))
 
 
+def test_a_state_of_another_model_is_refused():
+    optimizers = []
+    for width in (2, 3):
+        p = nn.Parameter(torch.ones(width))
+        optimizers.append(TRAM([p], sgd(), target=Frozen()))
+    with pytest.raises(ValueError, match="expected target weights of these 1 parameters"):
+        optimizers[0].load_state_dict(optimizers[1].state_dict())
+
+
 def test_schedulers_take_either_optimiser():
     net, _, closure = problem()
     base = torch.optim.SGD(net.parameters(), lr=0.4)

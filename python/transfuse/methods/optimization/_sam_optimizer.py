@@ -179,8 +179,9 @@ class SAM(Optimizer):
         if scaler is not None and scaler.is_enabled():
             scaler.unscale_(self)
             device = self._params[0].device
-            found = scaler._found_inf_per_device(self).values()
-            self._overflow = torch.stack([f.to(device) for f in found]).sum() > 0
+            found = list(scaler._found_inf_per_device(self).values())
+            if found:
+                self._overflow = torch.stack([f.to(device) for f in found]).sum() > 0
         self._backup = _sam.copies(self._params, self._spare)
         self._spare = None
         return parts

@@ -165,8 +165,8 @@ def alignment(w: Tensor, other: Tensor) -> Tensor:
     """Cosine of two matrices (..., d, d), or of batches of them; NaN where one is 0.
 
     Example:
-        >>> alignment(torch.eye(2), 3 * torch.eye(2))
-        tensor(1.)
+        >>> alignment(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 3.0]]))
+        tensor(0.)
     """
     if w.shape[-2:] != other.shape[-2:]:
         raise ValueError(
@@ -236,6 +236,8 @@ def several_tokens(
             f"log_probs: expected shape {(*lead, n, tokens)}, got {_checks.describe(log_probs)}"
         )
     log_s = log_probs.detach().double().reshape(instances, n, tokens)
+    if not bool((log_s <= 1e-6).all()):
+        raise ValueError("log_probs: expected logarithms of probabilities, at most 0 and not NaN")
     top = log_s.argmax(-1, keepdim=True)
     kept = (log_s >= torch.tensor(threshold, dtype=log_s.dtype).log()).scatter(-1, top, True)
     first = torch.zeros_like(kept).scatter(-1, top, True)

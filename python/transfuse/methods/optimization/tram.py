@@ -365,3 +365,12 @@ class TRAM(SAM):
         """Take the state of :meth:`state_dict`."""
         super().load_state_dict(state_dict)
         self.target.load_state_dict(state_dict["target"])
+        params, weights = self._params, self.target.weights
+        if weights is None:
+            return
+        if [w.shape for w in weights] != [p.shape for p in params]:
+            raise ValueError(
+                f"state_dict: expected target weights of these {len(params)} parameters, got "
+                f"{len(weights)} of other shapes"
+            )
+        self.target.weights = [w.to(p) for w, p in zip(weights, params, strict=True)]
