@@ -23,15 +23,18 @@ from ._pictures import save
 from .tract import digits
 
 BATCH, LEARNING_RATE, MOMENTUM = 64, 0.2, 0.9
+# Trained from the start, the first weights know nothing: their distance needs a limit.
 TARGETS = {
-    "previous step": (PreviousStep, "#d62728"),
-    "average, decay 0.9": (lambda: Ema(0.9), "#9467bd"),
-    "first weights": (Frozen, "#1f77b4"),
+    "previous step": (PreviousStep, None, "#d62728"),
+    "average, decay 0.9": (lambda: Ema(0.9), None, "#9467bd"),
+    "first weights, d at most 0.2": (Frozen, 0.2, "#1f77b4"),
 }
 
 
-def run(x: Tensor, y: Tensor, steps: int, target: object, ascent: str) -> Tensor:
-    """(steps, 3): loss before the ascent, its rise, and the rise over d |theta g|; and radii."""
+def run(
+    x: Tensor, y: Tensor, steps: int, target: object, limit: float | None, ascent: str
+) -> Tensor:
+    """(steps, 4): loss before the ascent, its rise, d |theta g|, and d."""
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -40,6 +43,7 @@ def run(x: Tensor, y: Tensor, steps: int, target: object, ascent: str) -> Tensor
         model.parameters(),
         lambda groups: torch.optim.SGD(groups, lr=LEARNING_RATE, momentum=MOMENTUM),
         target=target,
+        max_radius=limit,
         ascent=ascent,
     )
     rows = []
@@ -73,10 +77,13 @@ def draw(steps: int):
     )
     left, middle, right = figure.subplots(1, 3)
     figure.subplots_adjust(left=0.06, right=0.98, top=0.84, bottom=0.13, wspace=0.28)
-    runs = {name: run(x, y, steps, make(), "gradient") for name, (make, _) in TARGETS.items()}
-    released = run(x, y, steps, PreviousStep(), "released")
+    runs = {
+        name: run(x, y, steps, make(), limit, "gradient")
+        for name, (make, limit, _) in TARGETS.items()
+    }
+    released = run(x, y, steps, PreviousStep(), None, "released")
     for name, rows in runs.items():
-        colour = TARGETS[name][1]
+        colour = TARGETS[name][2]
         left.plot(rows[:, 0], color=colour, linewidth=1.2, label=name)
         right.plot(rows[1:, 3], color=colour, linewidth=1.0, label=name)
     left.set_title("loss before each step, by target", fontsize=9.5)

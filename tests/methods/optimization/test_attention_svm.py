@@ -363,7 +363,7 @@ def test_weights_of_real_heads():
     report = selection_report(probs)
     assert torch.equal(report.token, probs.argmax(-1))
     torch.testing.assert_close(report.entropy, -(probs * probs.log()).sum(-1))
-    assert (report.count >= 1).all()
+    assert (report.kept >= 1).all()
     assert report.saturation.shape == (3,)
     # Each head against the support vector machine of what it selects: two sequences, one query.
     for h in range(3):

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
 from transfuse.ops import patch_gram
 
@@ -16,16 +17,16 @@ Pair = tuple[int, int]
 class Rows(NamedTuple):
     """How the rows x of a layer lie in its input, and the options of the gradient."""
 
-    count: int
+    number: int
     lam: float
     group: object
     # Of a convolution: kernel, stride, padding, dilation.
     geometry: tuple[Pair, Pair, Pair, Pair] | None
 
     @classmethod
-    def linear(cls, count: int, lam: float, group: object) -> Rows:
+    def linear(cls, number: int, lam: float, group: object) -> Rows:
         """Rows are all but the last dimension."""
-        return cls(count, lam, group, None)
+        return cls(number, lam, group, None)
 
     @classmethod
     def convolution(
@@ -39,8 +40,8 @@ class Rows(NamedTuple):
         group: object,
     ) -> Rows:
         """Rows are patches; ``outputs`` is the shape of z, (m, H, W) or (B, m, H, W)."""
-        count = outputs[-1] * outputs[-2] * (outputs[0] if len(outputs) == 4 else 1)
-        return cls(count, lam, group, (kernel, stride, padding, dilation))
+        number = outputs[-1] * outputs[-2] * (outputs[0] if len(outputs) == 4 else 1)
+        return cls(number, lam, group, (kernel, stride, padding, dilation))
 
 
 def preactivation_gradient(z: Tensor, weight: Tensor, x: Tensor, rows: Rows) -> Tensor:
@@ -102,7 +103,7 @@ def weight_gradient(grad: Tensor, x: Tensor, shape: torch.Size, rows: Rows) -> T
     if rows.geometry is not None and x.dim() == 3:
         x, grad = x[None], grad[None]
     n = shape.numel() // shape[0]
-    if rows.count < n and rows.group is None:
+    if rows.number < n and rows.group is None:
         return _wide(grad, x, rows).reshape(shape)
     if rows.geometry is None:
         x, grad = x.reshape(-1, n), grad.reshape(-1, shape[0])
@@ -110,7 +111,7 @@ def weight_gradient(grad: Tensor, x: Tensor, shape: torch.Size, rows: Rows) -> T
     else:
         kernel, stride, padding, dilation = rows.geometry
         moment = patch_gram(x, kernel, stride=stride, padding=padding, dilation=dilation)
-        plain = torch.nn.grad.conv2d_weight(x, shape, grad, stride, padding, dilation)
+        plain = conv2d_weight(x, shape, grad, stride, padding, dilation)
         plain = plain.reshape(shape[0], n)
     count = _summed(moment, rows)
     factor = _factor(moment / count, rows.lam)
@@ -120,12 +121,12 @@ def weight_gradient(grad: Tensor, x: Tensor, shape: torch.Size, rows: Rows) -> T
 def _wide(grad: Tensor, x: Tensor, rows: Rows) -> Tensor:
     """Fewer rows than n: ``G^T (x x^T / b + lambda I)^-1 x``, of full accuracy for any lambda."""
     if rows.geometry is None:
-        x, grad = x.reshape(rows.count, -1), grad.reshape(rows.count, -1)
+        x, grad = x.reshape(rows.number, -1), grad.reshape(rows.number, -1)
     else:
         kernel, stride, padding, dilation = rows.geometry
         x = F.unfold(x, kernel, dilation=dilation, padding=padding, stride=stride)
         x, grad = x.mT.flatten(0, 1), grad.flatten(2).mT.flatten(0, 1)
-    factor = _factor(x @ x.mT / rows.count, rows.lam)
+    factor = _factor(x @ x.mT / rows.number, rows.lam)
     if grad.shape[1] <= x.shape[1]:
         return torch.cholesky_solve(grad, factor).mT @ x
     return grad.mT @ torch.cholesky_solve(x, factor)
@@ -134,10 +135,10 @@ def _wide(grad: Tensor, x: Tensor, rows: Rows) -> Tensor:
 def _summed(moment: Tensor, rows: Rows) -> float | Tensor:
     """Number of rows; with a group, sums it and the moment (in place) over the processes."""
     if rows.group is None:
-        return float(rows.count)
+        return float(rows.number)
     import torch.distributed as dist
 
-    count = torch.full((), float(rows.count), dtype=moment.dtype, device=moment.device)
+    count = torch.full((), float(rows.number), dtype=moment.dtype, device=moment.device)
     for part in (moment, count):
         dist.all_reduce(part, group=rows.group)  # type: ignore[arg-type]
     return count

@@ -124,14 +124,15 @@ class InputNoise(Target):
         """
 
         def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]):
-            args, kwargs = list(args), dict(kwargs)
-            for holder, key in [
-                *((args, i) for i in range(len(args))),
-                *((kwargs, k) for k in kwargs),
-            ]:
-                if isinstance(holder[key], Tensor) and holder[key].is_floating_point():
-                    holder[key] = self._noisy(holder[key])
-                    return tuple(args), kwargs
+            holders: tuple[tuple[Any, Any], ...] = (
+                (list(args), range(len(args))),
+                (dict(kwargs), tuple(kwargs)),
+            )
+            for holder, keys in holders:
+                for key in keys:
+                    if isinstance(holder[key], Tensor) and holder[key].is_floating_point():
+                        holder[key] = self._noisy(holder[key])
+                        return tuple(holders[0][0]), holders[1][0]
             raise TypeError(
                 "module: expected a floating input to add noise to; for tokens give the embedding"
             )

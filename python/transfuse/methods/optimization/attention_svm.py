@@ -279,7 +279,7 @@ class TokenSelection(NamedTuple):
     token: Tensor
     probability: Tensor
     entropy: Tensor
-    count: Tensor
+    kept: Tensor
     saturation: Tensor
 
 
@@ -298,7 +298,7 @@ def selection_report(attention_probs: Tensor, *, threshold: float = 1e-3) -> Tok
 
     Example:
         >>> report = selection_report(torch.tensor([[[[1.0, 0.0], [0.5, 0.5]]]]))
-        >>> report.token.tolist(), report.count.tolist(), report.saturation.tolist()
+        >>> report.token.tolist(), report.kept.tolist(), report.saturation.tolist()
         ([[[0, 0]]], [[[1, 2]]], [0.5])
     """
     p = _checks.tensor("attention_probs", attention_probs, ("B", "H", "N", "M"))
@@ -396,10 +396,9 @@ def _rows(delta: Tensor, z: Tensor, inequality: Tensor, rhs: Tensor, equality: T
     """Constraints (I, n T) of differences (I, n, T, d); what is neither kind is empty."""
     live = (inequality | equality)[..., None]
     spread = z[:, :, None].expand_as(delta)
-    parts = (torch.where(live, delta, 0.0), torch.where(live, spread, 0.0))
-    parts = tuple(t.flatten(1, 2) for t in parts)
+    delta, spread = (torch.where(live, t, 0.0).flatten(1, 2) for t in (delta, spread))
     rhs = torch.where(live[..., 0], rhs, 0.0)
-    return Rows(*parts, rhs.flatten(1), inequality.flatten(1), equality.flatten(1))
+    return Rows(delta, spread, *(t.flatten(1) for t in (rhs, inequality, equality)))
 
 
 def _where(instance: int, count: int) -> str:

@@ -30,6 +30,8 @@ Deviations from the official code, all deliberate:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -166,7 +168,7 @@ class TrActConv2d(_TrAct, nn.Conv2d):
             padding,
             dilation,
             bias=bias,
-            padding_mode=padding_mode,
+            padding_mode=padding_mode,  # type: ignore[arg-type]  # torch checks it
             device=device,
             dtype=dtype,
         )
@@ -184,10 +186,10 @@ class TrActConv2d(_TrAct, nn.Conv2d):
             x = F.pad(x, spread, mode=mode)
         rows = Rows.convolution(
             z.shape,
-            (*self.kernel_size,),
-            (*self.stride,),
+            self.kernel_size,  # type: ignore[arg-type]  # pairs, which torch declares longer
+            self.stride,  # type: ignore[arg-type]
             padding,
-            (*self.dilation,),
+            self.dilation,  # type: ignore[arg-type]
             self.lam,
             self.group,
         )
@@ -206,7 +208,7 @@ class TrActConv2d(_TrAct, nn.Conv2d):
         return f"{super().extra_repr()}, lam={self.lam:g}"
 
 
-_CLASSES = {nn.Linear: TrActLinear, nn.Conv2d: TrActConv2d}
+_CLASSES: dict[type, type] = {nn.Linear: TrActLinear, nn.Conv2d: TrActConv2d}
 
 
 @register(
@@ -258,9 +260,10 @@ def tract(
     if "forward" in layer.__dict__:
         raise TypeError("layer: expected a layer whose forward has not been replaced")
     lam = _checks.number("lam", lam, positive=True)
-    layer.__class__ = _CLASSES.get(type(layer), type(layer))  # type: ignore[assignment]
-    layer._options(lam, group)  # type: ignore[union-attr]
-    return layer  # type: ignore[return-value]
+    wrapped: Any = layer
+    wrapped.__class__ = _CLASSES.get(type(layer), type(layer))
+    wrapped._options(lam, group)
+    return wrapped
 
 
 def unwrap(layer: TrActLinear | TrActConv2d) -> nn.Linear | nn.Conv2d:
@@ -271,9 +274,10 @@ def unwrap(layer: TrActLinear | TrActConv2d) -> nn.Linear | nn.Conv2d:
     """
     for plain, wrapped in _CLASSES.items():
         if type(layer) is wrapped:
-            layer.__class__ = plain  # type: ignore[assignment]
-            del layer.lam, layer.group
-            return layer
+            found: Any = layer
+            found.__class__ = plain
+            del found.lam, found.group
+            return found
     raise TypeError(f"layer: expected a TrAct layer, got {type(layer).__name__}")
 
 

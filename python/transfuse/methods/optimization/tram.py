@@ -211,12 +211,11 @@ class TRAM(SAM):
         parts = self._begin(scaler)
         device = self._params[0].device
         found = dict(zip((id(p) for p in self._params), noisy_grads, strict=True))
-        metric = []
+        metric: list[list[Tensor]] = []
         for part in parts:
-            zeros = (torch.zeros_like(p) for p in part.params)
-            grads = [found[id(p)] for p in part.params]
-            grads = [z if g is None else g for g, z in zip(grads, zeros, strict=True)]
-            squares = torch._foreach_mul(grads, grads)
+            given = [(found[id(p)], p) for p in part.params]
+            grads = [torch.zeros_like(p) if g is None else g for g, p in given]
+            squares = list(torch._foreach_mul(grads, grads))
             torch._foreach_add_(squares, fisher.eta)
             metric.append(squares)
         size = _sam.fisher_norm(parts, metric, device)
