@@ -65,7 +65,7 @@ def patch_gram(
 
     Reference:
         Petersen et al. 2024, TrAct: Making first-layer pre-activations trainable
-        (arXiv:2410.23970), section 3: the matrix its update inverts.
+        (arXiv:2410.23970): the matrix its update inverts.
 
     Example:
         >>> import torch

@@ -87,7 +87,7 @@ class TrActLinear(_TrAct, nn.Linear):
         NaN on devices other than the CPU, where it raises. NaN or infinity in x gives NaN.
 
     Reference:
-        Petersen et al. 2024 (arXiv:2410.23970), equations 4 to 7.
+        Petersen et al. 2024 (arXiv:2410.23970).
 
     Example:
         >>> layer = TrActLinear(4, 2)

@@ -116,7 +116,7 @@ class TRAM(SAM):
         not finite is not refused; NaN then shows in the loss.
 
     Reference:
-        Sherborne et al. 2024 (arXiv:2310.03646), equations 5 to 9.
+        Sherborne et al. 2024 (arXiv:2310.03646).
 
     Example:
         >>> model, x, y = nn.Linear(4, 3), torch.randn(8, 4), torch.arange(8) % 3
