@@ -32,6 +32,7 @@ from .attention_forward import plan_forward, plan_fused
 from .attention_jvp import plan_jvp
 from .mix import BLOCK, plan_mix
 from .nes import plan_gradient, plan_perturb
+from .patch_gram import plan_gram
 from .token_merging import plan_gather, plan_nearest, plan_push, plan_segments
 from .window_attention import plan_forward as plan_windows
 
@@ -205,6 +206,15 @@ def _nes(dtype: torch.dtype | None, masked: bool) -> list[Launch]:
     return plan_perturb(x, mask, _meta(12, *shape, dtype=dtype), seed, start, 6, 1e-3)
 
 
+def _patch_gram(dtype: torch.dtype, kernel: int, stride: int) -> list[Launch]:
+    """The first layer of a convolutional network on 32 images of 224 x 224."""
+    features, padding = 3 * kernel * kernel, kernel // 2
+    count = (224 + 2 * padding - kernel) // stride + 1
+    partial = _meta(1, 49, features, features, dtype=torch.float32)
+    pairs = [(number, number) for number in (kernel, stride, padding, 1, count)]
+    return plan_gram(_meta(1, 32, 3, 224, 224, dtype=dtype), partial, *pairs)
+
+
 def cases() -> list[Case]:
     """The compact set that is compiled."""
     single, half, brain = torch.float32, torch.float16, torch.bfloat16
@@ -254,6 +264,8 @@ def cases() -> list[Case]:
         Case("nes perturb bf16 masked", lambda: _nes(brain, True), hot=True),
         Case("nes gradient", lambda: _nes(None, False), hot=True),
         Case("nes gradient masked", lambda: _nes(None, True), hot=True),
+        Case("patch gram fp32 7x7", lambda: _patch_gram(single, 7, 2), hot=True),
+        Case("patch gram bf16 3x3", lambda: _patch_gram(brain, 3, 1), hot=True),
         Case("mix fp32 products", lambda: _mix(single, 0, True, False), hot=True),
     ]
 

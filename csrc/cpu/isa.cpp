@@ -7,6 +7,7 @@
 #include "transfuse/attention.h"
 #include "transfuse/mix.h"
 #include "transfuse/nes.h"
+#include "transfuse/patch_gram.h"
 #include "transfuse/peak.h"
 #include "transfuse/token_merging.h"
 
@@ -92,6 +93,7 @@ TRANSFUSE_KERNEL_TABLE(AdainKernels, kAdain, adain_kernels)
 TRANSFUSE_KERNEL_TABLE(AttentionKernels, kAttention, attention_kernels)
 TRANSFUSE_KERNEL_TABLE(MixKernels, kMix, mix_kernels)
 TRANSFUSE_KERNEL_TABLE(NesKernels, kNes, nes_kernels)
+TRANSFUSE_KERNEL_TABLE(PatchGramKernels, kPatchGram, patch_gram_kernels)
 TRANSFUSE_KERNEL_TABLE(PeakKernels, kPeak, peak_kernels)
 TRANSFUSE_KERNEL_TABLE(TokenMergingKernels, kTokenMerging, token_merging_kernels)
 

@@ -41,7 +41,7 @@ class MethodCard:
         slug: Name of the module, for example ``"style_injection"``.
         domain: Name of the package that holds the module, for example ``"diffusion_control"``.
         kind: One of :data:`KINDS`.
-        ops: Names in ``transfuse.ops`` that the method calls.
+        ops: Names in ``transfuse.ops`` that the method calls; empty for one of torch operations.
         title: Title of the paper.
         authors: Authors in the paper's order.
         year: Year of publication.
@@ -123,7 +123,7 @@ class MethodRegistry:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
         if not title or not venue or not authors or not all(authors):
             raise ValueError("a method needs a title, a venue and at least one author")
-        if not ops or len(set(ops)) != len(ops):
+        if len(set(ops)) != len(ops):
             raise ValueError(f"ops must name each op used once, got {ops}")
 
         def enter(target: T) -> T:

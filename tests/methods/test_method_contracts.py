@@ -82,8 +82,30 @@ def _rectifier_graph(dtype):
     return relation_graph(*features), features
 
 
-# slug -> (keyword arguments of a small layer, dtype -> (its input, tensors a gradient must reach))
-LAYERS = {"relation_rectification": ({"dim": 32, "hidden": 16}, _rectifier_graph)}
+def _rectifier(**options):
+    return methods.get("relation_rectification")(**options)
+
+
+def _first_layer(dim=6, hidden=3, generator=None):
+    layer = torch.nn.Linear(dim, hidden)
+    if generator is not None:
+        with torch.no_grad():
+            for p in layer.parameters():
+                p.uniform_(-1, 1, generator=generator)
+    return methods.get("tract")(layer)
+
+
+def _rows(dtype):
+    x = torch.randn(9, 6).to(dtype).requires_grad_()
+    return x, [x]
+
+
+# slug -> (what makes the layer, keyword arguments of a small one,
+#          dtype -> (its input, tensors a gradient must reach))
+LAYERS = {
+    "relation_rectification": (_rectifier, {"dim": 32, "hidden": 16}, _rectifier_graph),
+    "tract": (_first_layer, {}, _rows),
+}
 
 
 @pytest.mark.parametrize("slug", methods.list(kind="layer"))
@@ -91,15 +113,15 @@ class TestLayer:
     """Built with defaults, described, seeded, trained, stored."""
 
     def test_defaults_build_and_describe_themselves(self, slug):
-        layer = methods.get(slug)()
+        layer = LAYERS[slug][0]()
         assert isinstance(layer, torch.nn.Module)
         assert type(layer).__name__ in repr(layer)
         assert all(p.isfinite().all() for p in layer.parameters())
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_gradients_reach_inputs_and_parameters(self, slug, dtype):
-        options, inputs = LAYERS[slug]
-        layer = methods.get(slug)(**options).to(dtype)
+        make, options, inputs = LAYERS[slug]
+        layer = make(**options).to(dtype)
         given, tensors = inputs(dtype)
         out = layer(given)
         assert out.dtype == dtype
@@ -110,8 +132,7 @@ class TestLayer:
         assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in layer.parameters())
 
     def test_seeded_and_stored(self, slug):
-        options, inputs = LAYERS[slug]
-        make = methods.get(slug)
+        make, options, inputs = LAYERS[slug]
         first, second = (
             make(**options, generator=torch.Generator().manual_seed(3)) for _ in range(2)
         )
@@ -168,7 +189,62 @@ def _attack(dtype):
     return attack.attack(clip, masks, label=label, stylised=1 - clip).clip
 
 
-PROCEDURES = {"local_style_fool": _attack}
+def _margins(dtype):
+    generator = torch.Generator().manual_seed(0)
+    x, z = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((3, 4, 9), (3, 9)))
+    return methods.get("attention_svm")(x, z, torch.tensor([0, 3, 1])).weight
+
+
+PROCEDURES = {"attention_svm": _margins, "local_style_fool": _attack}
+
+
+def _sharp(params):
+    return methods.get("tram")(params, lambda groups: torch.optim.SGD(groups, lr=0.1))
+
+
+OPTIMIZERS = {"tram": _sharp}
+
+
+@pytest.mark.parametrize("slug", methods.list(kind="optimizer"))
+class TestOptimizer:
+    """Built with defaults: lowers a loss, the same each time, from a stored state too."""
+
+    def _train(self, slug, dtype, *, resume=False):
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(20, 5, generator=generator).to(dtype)
+        w = torch.nn.Parameter(torch.randn(5, 3, generator=generator).to(dtype))
+        optimizer = OPTIMIZERS[slug]([w])
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        assert type(optimizer).__name__ in repr(optimizer)
+
+        def closure():
+            logits = x @ w
+            target = torch.arange(20) % 3
+            return torch.nn.functional.cross_entropy(logits.float(), target), logits
+
+        losses = []
+        for step in range(6):
+            if resume and step == 3:
+                state = optimizer.state_dict()
+                optimizer = OPTIMIZERS[slug]([w])
+                optimizer.load_state_dict(state)
+            losses.append(optimizer.step(closure))
+        assert w.dtype == dtype
+        assert w.isfinite().all()
+        return torch.stack(losses)
+
+    @pytest.mark.filterwarnings("ignore:parameters in half precision")
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_lowers_the_loss_and_is_reproducible(self, slug, dtype):
+        before = torch.random.get_rng_state()
+        losses = self._train(slug, dtype)
+        assert losses[-1] < losses[0]
+        assert torch.equal(self._train(slug, dtype), losses)
+        assert torch.equal(torch.random.get_rng_state(), before)
+
+    def test_stored_and_resumed(self, slug):
+        resumed = self._train(slug, torch.float32, resume=True)
+        assert torch.equal(resumed, self._train(slug, torch.float32))
 
 
 @pytest.mark.parametrize("slug", methods.list(kind="procedure"))
@@ -181,6 +257,6 @@ def test_procedures_are_reproducible_and_leave_the_global_generator(slug):
 
 
 def test_every_kind_in_use_has_a_contract():
-    tested = {"patch", "layer", "guidance", "procedure"}
+    tested = {"patch", "layer", "guidance", "procedure", "optimizer"}
     used = {methods.card(slug).kind for slug in methods.list()}
     assert used <= tested, f"write the contract test of: {sorted(used - tested)}"

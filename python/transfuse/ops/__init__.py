@@ -23,6 +23,7 @@ from transfuse.ops.cfg_step import (
 from transfuse.ops.lora import lora_conv2d, lora_linear
 from transfuse.ops.nes import nes_gradient, nes_perturb
 from transfuse.ops.noise_mix import NoisyVelocity, noise_mix, noise_mix_with_velocity
+from transfuse.ops.patch_gram import patch_gram
 from transfuse.ops.token_merging import (
     MergePlan,
     Nearest,
@@ -65,6 +66,7 @@ __all__ = [
     "nes_perturb",
     "noise_mix",
     "noise_mix_with_velocity",
+    "patch_gram",
     "push_tokens",
     "unmerge_tokens",
     "window_attention",
