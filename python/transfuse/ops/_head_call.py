@@ -83,46 +83,39 @@ def head(
     return Head(features.to(dtype), weight.to(dtype), wide_bias, parts)
 
 
-def targets(labels: object, given: Head) -> Tensor:
+def targets(labels: object, features: Tensor, classes: int) -> Tensor:
     """One-hot rows (N, C) of class numbers; for a binary head (N, 1), also of floating labels.
 
-    The numbers are read to be checked: at once on the CPU, elsewhere once per tensor.
+    The numbers are read to be checked: at once on the CPU, elsewhere once per tensor (class
+    numbers) or not at all (floating labels).
     """
-    count, classes = given.features.shape[0], given.classes
+    count, floating = features.shape[0], isinstance(labels, Tensor) and labels.is_floating_point()
+    if classes == 1 and floating:
+        return _soft_targets(labels, features)
+    labels = _checks.index_map(
+        "labels", labels, count, max(classes, 2), "rows of features", "features", features
+    )
     if classes == 1:
-        return _binary_targets(labels, given)
-    labels = _checks.index_map(
-        "labels", labels, count, classes, "rows of features", "features", given.features
-    )
-    numbers = torch.arange(classes, device=labels.device)
-    return (labels[:, None] == numbers).to(given.features.dtype)
+        return labels[:, None].to(features.dtype)
+    return (labels[:, None] == torch.arange(classes, device=labels.device)).to(features.dtype)
 
 
-def _binary_targets(labels: object, given: Head) -> Tensor:
-    count = given.features.shape[0]
-    if isinstance(labels, Tensor) and labels.is_floating_point():
-        if tuple(labels.shape) not in ((count,), (count, 1)):
-            raise ValueError(
-                f"labels: expected shape ({count},) or ({count}, 1) (rows of features), "
-                f"got {tuple(labels.shape)}"
-            )
-        _checks.same_device("labels", labels, "features", given.features)
-        if labels.requires_grad:
-            raise ValueError("labels: expected a tensor without gradient, got one that requires it")
-        plain = type(labels) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(
-            labels
+def _soft_targets(labels: Tensor, features: Tensor) -> Tensor:
+    count = features.shape[0]
+    if tuple(labels.shape) not in ((count,), (count, 1)):
+        raise ValueError(
+            f"labels: expected shape ({count},) or ({count}, 1) (rows of features), "
+            f"got {tuple(labels.shape)}"
         )
-        if plain and labels.device.type == "cpu" and not torch.compiler.is_compiling():
-            outside = ~((labels >= 0) & (labels <= 1))
-            if bool(outside.any()):
-                raise ValueError(
-                    f"labels: expected numbers in [0, 1], got {labels[outside][0].item()}"
-                )
-        return labels.reshape(count, 1).to(given.features.dtype)
-    labels = _checks.index_map(
-        "labels", labels, count, 2, "rows of features", "features", given.features
-    )
-    return labels[:, None].to(given.features.dtype)
+    _checks.same_device("labels", labels, "features", features)
+    if labels.requires_grad:
+        raise ValueError("labels: expected a tensor without gradient, got one that requires it")
+    wrapped = type(labels) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(labels)
+    if labels.device.type == "cpu" and not (wrapped or torch.compiler.is_compiling()):
+        outside = ~((labels >= 0) & (labels <= 1))
+        if bool(outside.any()):
+            raise ValueError(f"labels: expected numbers in [0, 1], got {labels[outside][0].item()}")
+    return labels.reshape(count, 1).to(features.dtype)
 
 
 def vectors(value: object, name: str = "vectors") -> Tensor:
@@ -177,6 +170,11 @@ def _segments(segments: object, count: int) -> Segments:
         raise ValueError("features: expected at least one sample (row), got none")
     if segments is None:
         return Segments((0, count), False)
+    return Segments(offsets(segments, count), True)
+
+
+def offsets(segments: object, count: int) -> tuple[int, ...]:
+    """Offsets of the domains of ``count`` samples, each domain with at least one."""
     bounds = _offsets(segments)
     if not bounds or bounds[0] != 0 or bounds[-1] != count:
         raise ValueError(
@@ -192,7 +190,7 @@ def _segments(segments: object, count: int) -> Segments:
             raise ValueError(
                 f"segments: expected ascending offsets, got {last} after {first} (domain {domain})"
             )
-    return Segments(bounds, True)
+    return bounds
 
 
 def _offsets(segments: object) -> tuple[int, ...]:

@@ -73,7 +73,7 @@ def head_gradient(
         torch.Size([2, 3, 4])
     """
     head = _head_call.head(features, weight, bias, segments)
-    targets = _head_call.targets(labels, head)
+    targets = _head_call.targets(labels, head.features, head.classes)
     _backend.choose("head_gradient", backend, head.features.device, head.features.dtype)
     with full_precision(head.features):
         return head.segments.shape(_head_reference.gradient(head, targets))
@@ -273,7 +273,7 @@ def head_hgp(
         torch.Size([2, 1, 5])
     """
     head = _head_call.head(features, weight, bias, segments)
-    targets = _head_call.targets(labels, head)
+    targets = _head_call.targets(labels, head.features, head.classes)
     _backend.choose("head_hgp", backend, head.features.device, head.features.dtype)
     with full_precision(head.features):
         return head.segments.shape(_head_reference.hgp(head, targets))
