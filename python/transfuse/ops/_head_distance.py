@@ -63,12 +63,16 @@ def _pairs(static: Static, rows: slice, features: Tensor, p: Tensor, spread: Ten
 
 def forward(static: Static, tensors: Tensors) -> tuple[Tensor, ...]:
     """(E, E) inner products of (features, p, p (1 - p))."""
-    features = tensors[0]
-    means = _membership(static.segments, features)
+    features, bounds, lengths = tensors[0], static.segments.bounds, static.segments.lengths
     result = features.new_zeros((static.segments.domains,) * 2)
     for rows in _blocks(features.shape[0]):
         pairs = _pairs(static, rows, *tensors)
-        result += means[rows].mT @ ((pairs.inner.square_() * pairs.classes) @ means)
+        products = pairs.inner.square_() * pairs.classes
+        # Sums of stretches, not products with indicators: a NaN stays in its domain.
+        columns = torch.stack([part.mean(1) for part in products.split(lengths, dim=1)], dim=1)
+        for domain, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
+            own = columns[max(first - rows.start, 0) : max(last - rows.start, 0)]
+            result[domain] += own.sum(0) / (last - first)
     return (result,)
 
 

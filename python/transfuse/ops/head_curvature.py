@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from transfuse import _backend
-from transfuse.ops import _head_call, _head_reference
-from transfuse.ops._head_call import full_precision
+from transfuse import _backend, _native
+from transfuse._autograd import needs_derivative, transformed
+from transfuse.ops import _head_call, _head_core, _head_reference
+from transfuse.ops._head_call import Head, full_precision
 
 __all__ = [
     "head_gradient",
@@ -16,8 +18,12 @@ __all__ = [
     "head_hgp",
 ]
 
-for _name in __all__:
+for _name in ("head_gradient", "head_hessian_diagonal"):
+    _backend.declare(_name, ("reference", "cpu"))
+for _name in ("head_hessian_product", "head_hessian_trace", "head_hgp"):
     _backend.declare(_name, ("reference",))
+if _native.status().loaded:
+    _head_core.register()
 
 
 def head_gradient(
@@ -74,9 +80,7 @@ def head_gradient(
     """
     head = _head_call.head(features, weight, bias, segments)
     targets = _head_call.targets(labels, head.features, head.classes)
-    _backend.choose("head_gradient", backend, head.features.device, head.features.dtype)
-    with full_precision(head.features):
-        return head.segments.shape(_head_reference.gradient(head, targets))
+    return _mean("head_gradient", backend, head, targets)
 
 
 def head_hessian_diagonal(
@@ -124,9 +128,26 @@ def head_hessian_diagonal(
         torch.Size([2, 3, 5])
     """
     head = _head_call.head(features, weight, bias, segments)
-    _backend.choose("head_hessian_diagonal", backend, head.features.device, head.features.dtype)
+    return _mean("head_hessian_diagonal", backend, head, None)
+
+
+def _mean(op: str, backend: str | None, head: Head, targets: Tensor | None) -> Tensor:
+    """The gradient (with targets) or the diagonal, by the backend that runs it."""
+    chosen = _backend.choose(op, backend, head.features.device, head.features.dtype)
     with full_precision(head.features):
-        return head.segments.shape(_head_reference.diagonal(head))
+        # Transforms and forward mode need rules of their own; those of torch are right.
+        if chosen != "cpu" or transformed():
+            if targets is None:
+                return head.segments.shape(_head_reference.diagonal(head))
+            return head.segments.shape(_head_reference.gradient(head, targets))
+        tensors = [
+            None if t is None else t.contiguous()
+            for t in (head.features, head.weight, head.bias, targets)
+        ]
+        static = _head_core.Static(head.segments.bounds)
+        eager = not torch.compiler.is_compiling()
+        call = _head_core.functions if eager and needs_derivative(tensors) else _head_core
+        return head.segments.shape(call.forward(static, tensors)[0])
 
 
 def head_hessian_trace(
