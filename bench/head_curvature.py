@@ -8,6 +8,7 @@ as norm times gradient of the norm; others write the closed forms in torch, or f
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -18,7 +19,6 @@ from transfuse.ops import (
     head_hessian_diagonal,
     head_hessian_distance,
     head_hessian_product,
-    head_hgp,
 )
 
 from .cases import GRAD, Case, Setup, Target, Tensors, Workload
@@ -39,10 +39,7 @@ def _bounds(domains: int, samples: int) -> list[int]:
 
 def _losses(t: Tensors, bounds: Sequence[int]) -> list[torch.Tensor]:
     logits = F.linear(t["features"], t["weight"], t["bias"])
-    return [
-        F.cross_entropy(logits[a:b], t["labels"][a:b])
-        for a, b in zip(bounds, bounds[1:], strict=False)
-    ]
+    return [F.cross_entropy(logits[a:b], t["labels"][a:b]) for a, b in itertools.pairwise(bounds)]
 
 
 def _objective(nll, gradients, signatures, mean_gradient, mean_signature) -> torch.Tensor:
@@ -54,7 +51,7 @@ def _objective(nll, gradients, signatures, mean_gradient, mean_signature) -> tor
     return nll + sum(gaps) / len(gaps)
 
 
-# ---- ours -----------------------------------------------------------------------------------------
+# ---- ours ----------------------------------------------------------------------------------------
 
 
 def _ours(kind: str, bounds: list[int], backend: str) -> Callable[[Tensors], torch.Tensor]:
@@ -66,7 +63,7 @@ def _ours(kind: str, bounds: list[int], backend: str) -> Callable[[Tensors], tor
             q = head_hessian_diagonal(*head, backend=backend, **options)
             mean = q.mean(0)
         else:
-            q = head_hgp(*head, t["labels"], **options)
+            q = head_hessian_product(*head, g[:, None], **options)[:, 0]
             with torch.no_grad():
                 mean = head_hessian_product(*head, g.mean(0), **options).mean(0)
         gaps = ALPHA * (q - mean.detach()).square().flatten(1).sum(1)
@@ -76,7 +73,7 @@ def _ours(kind: str, bounds: list[int], backend: str) -> Callable[[Tensors], tor
     return step
 
 
-# ---- what others write ----------------------------------------------------------------------------
+# ---- what others write ---------------------------------------------------------------------------
 
 
 def _closed(kind: str, bounds: list[int]) -> Callable[[Tensors], torch.Tensor]:
@@ -88,7 +85,7 @@ def _closed(kind: str, bounds: list[int]) -> Callable[[Tensors], torch.Tensor]:
         p, rows = torch.softmax(logits, -1), []
         y = F.one_hot(t["labels"], weight.shape[0]).to(p.dtype)
         nll = -(torch.log_softmax(logits, -1) * y).sum(-1)
-        parts = list(zip(bounds, bounds[1:], strict=False))
+        parts = list(itertools.pairwise(bounds))
         x = torch.cat((t["features"], torch.ones_like(p[:, :1])), 1)
         slopes = [(p - y)[a:b].T @ x[a:b] / (b - a) for a, b in parts]
 
@@ -160,7 +157,7 @@ def _dense(bounds: list[int]) -> Callable[[Tensors], torch.Tensor]:
     def distances(t: Tensors) -> torch.Tensor:
         rows = torch.cat((t["weight"], t["bias"][:, None]), 1)
         size, hessians = rows.numel(), []
-        for a, b in zip(bounds, bounds[1:], strict=False):
+        for a, b in itertools.pairwise(bounds):
             x, y = t["features"][a:b], t["labels"][a:b]
 
             def loss(rows: torch.Tensor, x=x, y=y) -> torch.Tensor:
@@ -182,7 +179,7 @@ def _pairs(bounds: list[int]) -> Callable[[Tensors], torch.Tensor]:
         overlap, square = p @ p.T, p * p
         cross = p @ square.T
         pairs = (x @ x.T + 1.0).square() * (overlap - cross - cross.T + overlap.square())
-        stretches = list(zip(bounds, bounds[1:], strict=False))
+        stretches = list(itertools.pairwise(bounds))
         products = torch.stack(
             [torch.stack([pairs[a:b, c:d].mean() for c, d in stretches]) for a, b in stretches]
         )
@@ -192,7 +189,7 @@ def _pairs(bounds: list[int]) -> Callable[[Tensors], torch.Tensor]:
     return distances
 
 
-# ---- cases ----------------------------------------------------------------------------------------
+# ---- cases ---------------------------------------------------------------------------------------
 
 
 def _tensors(setup: Setup, samples: int, columns: int, classes: int) -> Tensors:

@@ -1,9 +1,11 @@
-// Gradient and Hessian diagonal of a linear head on the CPU, at one ISA level (see head_curvature.h).
+// Gradient, Hessian diagonal and Hessian-vector product of a linear head on the CPU, at one ISA level (see
+// head_curvature.h).
 #include "transfuse/head_curvature.h"
 
 #include <algorithm>
 #include <vector>
 
+#include "row_products.h"
 #include "transfuse/gemm_tile.h"
 #include "transfuse/vec.h"
 
@@ -11,11 +13,9 @@ namespace transfuse {
 namespace TRANSFUSE_ISA {
 namespace {
 
-constexpr int64_t kDotColumns = 1024;  // columns per block of products over columns
-constexpr int64_t kDotRows = 32;       // samples per task of these
-constexpr int64_t kRows = 64;          // samples per block of products over samples
-constexpr int64_t kSerial = 1 << 16;   // multiply-adds in all below which waking other threads does not pay
-constexpr int kDotTile = 4;            // samples of one register tile of a product over columns
+constexpr int64_t kDotRows = 32;      // samples per task of products over columns
+constexpr int64_t kRows = 64;         // samples per block of products over samples
+constexpr int64_t kSerial = 1 << 16;  // multiply-adds in all below which waking other threads does not pay
 
 // Samples [first, last) of one domain.
 struct Rows {
@@ -35,6 +35,11 @@ struct Head {
   T* p(int64_t n) const { return static_cast<T*>(a.p) + n * a.classes; }
   T* rest(int64_t n) const { return static_cast<T*>(a.rest) + n * a.classes; }
   const T* target(int64_t n) const { return static_cast<const T*>(a.targets) + n * a.classes; }
+  T* u(int64_t n) const { return static_cast<T*>(a.u) + n * a.classes; }
+  const T* vectors(int64_t e) const {
+    return static_cast<const T*>(a.vectors) + (a.shared ? 0 : e * a.classes * width);
+  }
+  bool product() const { return a.kind == HeadKind::product; }
   int64_t domain_size(int64_t e) const { return a.offsets[e + 1] - a.offsets[e]; }
   bool diagonal() const { return a.kind == HeadKind::diagonal; }
 };
@@ -52,73 +57,6 @@ template <class F>
 void each(const HeadArgs& a, const Parallel& parallel, int64_t count, const F& body) {
   const Parallel serial = serial_parallel();
   for_each_task(a.samples * a.classes * a.columns < kSerial ? serial : parallel, count, body);
-}
-
-// ---- products over the columns ------------------------------------------------------------------------------------
-
-// sums[i][j] += sum_k f(x_i[k]) v_j[k] over n columns, f the square or nothing.
-template <class T, bool kSquares, int kColumns>
-TRANSFUSE_INLINE void dot_tile(int64_t n, const T* const* x, const T* const* v, T (*sums)[kColumns]) {
-  using V = typename Simd<T>::V;
-  constexpr int64_t W = Simd<T>::W;
-  V acc[kDotTile][kColumns];
-#pragma GCC unroll 4
-  for (int i = 0; i < kDotTile; ++i)
-#pragma GCC unroll 3
-    for (int j = 0; j < kColumns; ++j) acc[i][j] = V{};
-  int64_t k = 0;
-  for (; k + W <= n; k += W) {
-    V vk[kColumns];
-#pragma GCC unroll 3
-    for (int j = 0; j < kColumns; ++j) vk[j] = load<V>(v[j] + k);
-#pragma GCC unroll 4
-    for (int i = 0; i < kDotTile; ++i) {
-      V xk = load<V>(x[i] + k);
-      if (kSquares) xk *= xk;
-#pragma GCC unroll 3
-      for (int j = 0; j < kColumns; ++j) acc[i][j] = xk * vk[j] + acc[i][j];
-    }
-  }
-  for (int i = 0; i < kDotTile; ++i)
-    for (int j = 0; j < kColumns; ++j) {
-      T sum = horizontal_sum<T>(acc[i][j]);
-      for (int64_t t = k; t < n; ++t) sum += (kSquares ? x[i][t] * x[i][t] : x[i][t]) * v[j][t];
-      sums[i][j] += sum;
-    }
-}
-
-template <class T, bool kSquares, int kColumns>
-static __attribute__((noinline)) void dot_panel(int64_t rows, int64_t n, const T* x, int64_t ldx, const T* v,
-                                                int64_t ldv, T* out, int64_t ldo) {
-  const T* vs[kColumns];
-  for (int j = 0; j < kColumns; ++j) vs[j] = v + j * ldv;
-  for (int64_t i = 0; i < rows; i += kDotTile) {
-    const int live = (int)std::min<int64_t>(kDotTile, rows - i);
-    const T* xs[kDotTile];
-    // Rows beyond the last are the last once more, and are dropped.
-    for (int r = 0; r < kDotTile; ++r) xs[r] = x + (i + std::min(r, live - 1)) * ldx;
-    T sums[kDotTile][kColumns] = {};
-    dot_tile<T, kSquares, kColumns>(n, xs, vs, sums);
-    for (int r = 0; r < live; ++r)
-      for (int j = 0; j < kColumns; ++j) out[(i + r) * ldo + j] += sums[r][j];
-  }
-}
-
-// out[i][c] = start[c * step] + sum_k f(x_i[k]) v_c[k].
-template <class T, bool kSquares>
-void dots(int64_t rows, int64_t columns, int64_t classes, const T* x, int64_t ldx, const T* v, int64_t ldv,
-          const T* start, int64_t step, T* out, int64_t ldo) {
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t c = 0; c < classes; ++c) out[i * ldo + c] = start == nullptr ? T(0) : start[c * step];
-  for (int64_t k = 0; k < columns; k += kDotColumns) {
-    const int64_t n = std::min(kDotColumns, columns - k);
-    int64_t c = 0;
-    for (; c + 3 <= classes; c += 3) dot_panel<T, kSquares, 3>(rows, n, x + k, ldx, v + c * ldv + k, ldv, out + c, ldo);
-    if (classes - c == 2)
-      dot_panel<T, kSquares, 2>(rows, n, x + k, ldx, v + c * ldv + k, ldv, out + c, ldo);
-    else if (classes - c == 1)
-      dot_panel<T, kSquares, 1>(rows, n, x + k, ldx, v + c * ldv + k, ldv, out + c, ldo);
-  }
 }
 
 // ---- one sample -----------------------------------------------------------------------------------------------------
@@ -151,33 +89,68 @@ void probabilities(int64_t classes, const T* z, T* p, T* rest) {
   }
 }
 
-// The factor of the sample in the result: p (1 - p) / n or (p - y) / n.
+// g -> J g = p * (g - p.g), for one output p (1 - p) g, in place. For the largest class it is p (g (1 - p) - sum of the
+// others), which keeps its digits when p is near 1. Returns p.g.
+template <class T>
+T jacobian(int64_t classes, const T* p, const T* rest, T* g) {
+  if (classes == 1) {
+    const T along = p[0] * g[0];
+    g[0] *= p[0] * rest[0];
+    return along;
+  }
+  int64_t top = 0;
+  for (int64_t c = 1; c < classes; ++c)
+    if (p[c] > p[top]) top = c;
+  T others = T(0);
+  for (int64_t c = 0; c < classes; ++c)
+    if (c != top) others += p[c] * g[c];
+  const T along = others + p[top] * g[top];
+  for (int64_t c = 0; c < classes; ++c) g[c] = p[c] * (c == top ? g[c] * rest[c] - others : g[c] - along);
+  return along;
+}
+
+// The factor of the sample in the result: p (1 - p) / n, (p - y) / n or J u / n.
 template <class T>
 void row_factor(const Head<T>& head, int64_t sample, T scale, T* left) {
   const T *p = head.p(sample), *rest = head.rest(sample);
-  for (int64_t c = 0; c < head.a.classes; ++c)
-    left[c] = scale * (head.diagonal() ? p[c] * rest[c] : p[c] - head.target(sample)[c]);
+  const int64_t classes = head.a.classes;
+  switch (head.a.kind) {
+    case HeadKind::diagonal:
+      for (int64_t c = 0; c < classes; ++c) left[c] = scale * (p[c] * rest[c]);
+      return;
+    case HeadKind::gradient:
+      for (int64_t c = 0; c < classes; ++c) left[c] = scale * (p[c] - head.target(sample)[c]);
+      return;
+    case HeadKind::product:
+      for (int64_t c = 0; c < classes; ++c) left[c] = scale * head.u(sample)[c];
+      jacobian(classes, p, rest, left);
+      return;
+  }
 }
 
-// Gradient by the factor (n times too large) -> gradient by the logits, in place.
+// g, the gradient by the factor of the sample (n times too large), becomes that by its logits; turn becomes that by u.
 template <class T>
-void row_backward(const Head<T>& head, int64_t sample, T scale, T* g) {
+void row_backward(const Head<T>& head, int64_t sample, T scale, T* g, T* turn) {
   const T *p = head.p(sample), *rest = head.rest(sample);
   const int64_t classes = head.a.classes;
-  T along = T(0);
-  for (int64_t c = 0; c < classes; ++c) {
-    g[c] *= scale;
-    if (head.diagonal()) g[c] *= rest[c] - p[c];
-    along += p[c] * g[c];
+  for (int64_t c = 0; c < classes; ++c) g[c] *= scale;
+  if (head.diagonal())
+    for (int64_t c = 0; c < classes; ++c) g[c] *= rest[c] - p[c];
+  if (head.product()) {
+    // By p: g * (u - p.u) - u * p.g.
+    const T* u = head.u(sample);
+    T mean = T(0);
+    for (int64_t c = 0; c < classes; ++c) {
+      mean += p[c] * u[c];
+      turn[c] = g[c];
+    }
+    const T along = jacobian(classes, p, rest, turn);
+    for (int64_t c = 0; c < classes; ++c) g[c] = g[c] * (u[c] - mean) - u[c] * along;
   }
-  if (classes == 1)
-    g[0] *= p[0] * rest[0];
-  else
-    for (int64_t c = 0; c < classes; ++c) g[c] = p[c] * (g[c] - along);
+  jacobian(classes, p, rest, g);
 }
 
-// ---- products over the samples
-// ----------------------------------------------------------------------------------------
+// ---- products over the samples -------------------------------------------------------------------------------------
 
 // Columns [k, k + live) of `rows` rows into a block of `columns` columns, zeros behind; column `ones` is 1.
 template <class T>
@@ -211,8 +184,14 @@ void run_forward(const HeadArgs& args, const Parallel& parallel) {
     const Rows& part = parts[(size_t)task];
     const T scale = T(1) / (T)head.domain_size(part.domain);
     T* z = static_cast<T*>(thread_scratch(sizeof(T) * (size_t)(kDotRows * classes)));
-    dots<T, false>(part.last - part.first, args.columns, classes, head.x(part.first), args.columns, head.weight(0),
-                   args.columns, static_cast<const T*>(args.bias), 1, z, classes);
+    const int64_t rows = part.last - part.first;
+    dots<T, false>(rows, args.columns, classes, head.x(part.first), args.columns, head.weight(0), args.columns,
+                   static_cast<const T*>(args.bias), 1, z, classes);
+    if (head.product()) {
+      const T* v = head.vectors(part.domain);
+      dots<T, false>(rows, args.columns, classes, head.x(part.first), args.columns, v, head.width,
+                     args.bias == nullptr ? nullptr : v + args.columns, head.width, head.u(part.first), classes);
+    }
     for (int64_t n = part.first; n < part.last; ++n, z += classes) {
       probabilities(classes, z, head.p(n), head.rest(n));
       row_factor(head, n, scale, &left[(size_t)(n * padded)]);
@@ -242,7 +221,8 @@ void run_backward(const HeadArgs& args, const Parallel& parallel) {
   const int64_t classes = args.classes, padded = head.padded, columns = block_columns<T>(), width = head.width;
   const T* grad = static_cast<const T*>(args.grad);
   // A block of samples is read in whole tiles, the last of them beyond the last sample.
-  std::vector<T> left((size_t)((args.samples + kTileRows) * padded), T(0)), slope = left;
+  std::vector<T> left((size_t)((args.samples + kTileRows) * padded), T(0)), slope = left, turn;
+  if (head.product()) turn = left;
   const std::vector<Rows> parts = stretches(args, kDotRows);
   each(args, parallel, (int64_t)parts.size(), [&](int64_t task) {
     const Rows& part = parts[(size_t)task];
@@ -254,7 +234,7 @@ void run_backward(const HeadArgs& args, const Parallel& parallel) {
     product(part.last - part.first, args.columns, classes, head.x(part.first), args.columns, own, width, ones, width, g,
             padded);
     for (int64_t n = part.first; n < part.last; ++n, g += padded) {
-      row_backward(head, n, scale, g);
+      row_backward(head, n, scale, g, head.product() ? &turn[(size_t)(n * padded)] : nullptr);
       row_factor(head, n, scale, &left[(size_t)(n * padded)]);
     }
   });
@@ -265,33 +245,43 @@ void run_backward(const HeadArgs& args, const Parallel& parallel) {
     // Of x, W and their gradients, without the column of ones.
     const int64_t real = std::max<int64_t>(0, std::min(live, args.columns - k));
     const size_t tile = (size_t)(round_up(kRows, kTileRows) * columns), matrix = (size_t)(padded * columns);
-    T* x = static_cast<T*>(thread_scratch(sizeof(T) * (2 * tile + 3 * matrix)));
-    T *moved = x + tile, *weight = moved + tile, *own = weight + matrix, *sum = own + matrix;
+    T* x = static_cast<T*>(thread_scratch(sizeof(T) * (2 * tile + 5 * matrix)));
+    T *moved = x + tile, *weight = moved + tile, *own = weight + matrix, *vectors = own + matrix;
+    T *sum = vectors + matrix, *turned = sum + matrix;
     pack(head.weight(0), args.columns, classes, k, real, args.columns, columns, weight);
-    const std::vector<Rows> pieces = stretches(args, kRows);
-    bool first = true;
-    int64_t domain = -1;
-    for (const Rows& piece : pieces) {
-      const int64_t rows = piece.last - piece.first;
-      const T *l = &left[(size_t)(piece.first * padded)], *s = &slope[(size_t)(piece.first * padded)];
+    int64_t domain = -1, turned_domain = -1;
+    for (const Rows& piece : stretches(args, kRows)) {
+      const int64_t rows = piece.last - piece.first, at = piece.first * padded;
+      const T *l = &left[(size_t)at], *s = &slope[(size_t)at];
+      const T* t = head.product() ? &turn[(size_t)at] : nullptr;
       pack(head.x(piece.first), args.columns, rows, k, live, args.columns, columns, x);
-      if (args.weight_grad != nullptr)
-        gemm<Plain, true>((int)padded, vecs, rows, s, padded, x, columns, sum, columns, !first);
-      first = false;
+      if (args.head_grad)
+        gemm<Plain, true>((int)padded, vecs, rows, s, padded, x, columns, sum, columns, piece.first > 0);
+      if (args.vectors_grad != nullptr) {
+        const bool more = args.shared ? piece.first > 0 : piece.domain == turned_domain;
+        turned_domain = piece.domain;
+        gemm<Plain, true>((int)padded, vecs, rows, t, padded, x, columns, turned, columns, more);
+        if (piece.last == (args.shared ? args.samples : args.offsets[piece.domain + 1])) {
+          T* out = static_cast<T*>(args.vectors_grad) + (args.shared ? 0 : piece.domain * classes * width) + k;
+          for (int64_t c = 0; c < classes; ++c) copy_row(turned + c * columns, live, out + c * width);
+        }
+      }
       if (args.x_grad == nullptr || real == 0) continue;
       if (piece.domain != domain) {
         domain = piece.domain;
         pack(grad + domain * classes * width, width, classes, k, real, width, columns, own);
+        if (head.product()) pack(head.vectors(domain), width, classes, k, real, width, columns, vectors);
       }
       const int tiled = (int)round_up(rows, kTileRows);
       gemm<Plain, false>(tiled, vecs, classes, l, padded, own, columns, moved, columns, false);
       if (head.diagonal())
         for (int64_t i = 0; i < rows * columns; ++i) moved[i] *= T(2) * x[i];
+      if (head.product()) gemm<Plain, false>(tiled, vecs, classes, t, padded, vectors, columns, moved, columns, true);
       gemm<Plain, false>(tiled, vecs, classes, s, padded, weight, columns, moved, columns, true);
       T* out = static_cast<T*>(args.x_grad) + piece.first * args.columns + k;
       for (int64_t i = 0; i < rows; ++i) copy_row(moved + i * columns, real, out + i * args.columns);
     }
-    if (args.weight_grad == nullptr) return;
+    if (!args.head_grad) return;
     for (int64_t c = 0; c < classes; ++c) {
       copy_row(sum + c * columns, real, static_cast<T*>(args.weight_grad) + c * args.columns + k);
       if (real < live) static_cast<T*>(args.bias_grad)[c] = sum[c * columns + real];

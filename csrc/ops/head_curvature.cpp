@@ -19,7 +19,7 @@ const void* head_input(const Tensor& t, const Tensor& like, const std::vector<in
 }
 
 HeadCall head_call(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& targets,
-                   const std::vector<int64_t>& offsets) {
+                   const OptionalTensor& vectors, const std::vector<int64_t>& offsets) {
   HeadCall call;
   HeadArgs& a = call.args;
   STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2, "x and weight must have two axes");
@@ -36,45 +36,66 @@ HeadCall head_call(const Tensor& x, const Tensor& weight, const OptionalTensor& 
   a.x = head_input(x, x, {a.samples, a.columns}, "x");
   a.weight = head_input(weight, x, {a.classes, a.columns}, "weight");
   if (bias.has_value()) a.bias = head_input(*bias, x, {a.classes}, "bias");
-  a.kind = targets.has_value() ? HeadKind::gradient : HeadKind::diagonal;
-  if (targets.has_value()) a.targets = head_input(*targets, x, {a.samples, a.classes}, "targets");
   call.width = a.columns + (bias.has_value() ? 1 : 0);
+  STD_TORCH_CHECK(!targets.has_value() || !vectors.has_value(), "targets and vectors exclude each other");
+  if (targets.has_value()) {
+    a.kind = HeadKind::gradient;
+    a.targets = head_input(*targets, x, {a.samples, a.classes}, "targets");
+  } else if (vectors.has_value()) {
+    a.kind = HeadKind::product;
+    STD_TORCH_CHECK(vectors->dim() == 3, "vectors must have three axes");
+    a.shared = vectors->size(0) == 1;
+    a.vectors = head_input(*vectors, x, {a.shared ? 1 : a.domains, a.classes, call.width}, "vectors");
+  }
   return call;
 }
 
-// The result, p and 1 - p.
-std::tuple<Tensor, Tensor, Tensor> head_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                                                const OptionalTensor& targets, const std::vector<int64_t>& offsets) {
-  HeadCall call = head_call(x, weight, bias, targets, offsets);
+// The result, p, 1 - p and u (empty where there are no vectors).
+std::tuple<Tensor, Tensor, Tensor, Tensor> head_forward(const Tensor& x, const Tensor& weight,
+                                                        const OptionalTensor& bias, const OptionalTensor& targets,
+                                                        const OptionalTensor& vectors,
+                                                        const std::vector<int64_t>& offsets) {
+  HeadCall call = head_call(x, weight, bias, targets, vectors, offsets);
   HeadArgs& a = call.args;
   Tensor out = new_empty(x, {a.domains, a.classes, call.width}, x.scalar_type());
   Tensor p = new_empty(x, {a.samples, a.classes}, x.scalar_type()), rest = torch::stable::empty_like(p);
+  Tensor u = new_empty(x, {a.kind == HeadKind::product ? a.samples : 0, a.classes}, x.scalar_type());
   a.out = out.mutable_data_ptr();
   a.p = p.mutable_data_ptr();
   a.rest = rest.mutable_data_ptr();
+  a.u = u.mutable_data_ptr();
   head_kernels().forward(a, torch_parallel());
-  return {out, p, rest};
+  return {out, p, rest, u};
 }
 
-// Gradients of x, weight and bias; one that is not wanted, or of a bias that is not there, is an empty tensor.
-std::tuple<Tensor, Tensor, Tensor> head_backward(const Tensor& grad, const Tensor& p, const Tensor& rest,
-                                                 const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                                                 const OptionalTensor& targets, const std::vector<int64_t>& offsets,
-                                                 bool x_grad, bool head_grad) {
-  HeadCall call = head_call(x, weight, bias, targets, offsets);
+// Gradients of x, weight, bias and vectors; one that is not wanted, or not there, is an empty tensor.
+std::tuple<Tensor, Tensor, Tensor, Tensor> head_backward(const Tensor& grad, const Tensor& p, const Tensor& rest,
+                                                         const Tensor& u, const Tensor& x, const Tensor& weight,
+                                                         const OptionalTensor& bias, const OptionalTensor& targets,
+                                                         const OptionalTensor& vectors,
+                                                         const std::vector<int64_t>& offsets, bool x_grad,
+                                                         bool head_grad, bool vectors_grad) {
+  HeadCall call = head_call(x, weight, bias, targets, vectors, offsets);
   HeadArgs& a = call.args;
+  const bool product = a.kind == HeadKind::product;
   a.grad = head_input(grad, x, {a.domains, a.classes, call.width}, "grad");
   a.p = const_cast<void*>(head_input(p, x, {a.samples, a.classes}, "p"));
   a.rest = const_cast<void*>(head_input(rest, x, {a.samples, a.classes}, "rest"));
-  Tensor to_x = x_grad ? torch::stable::empty_like(x) : new_empty(x, {0}, x.scalar_type());
-  Tensor to_weight = head_grad ? torch::stable::empty_like(weight) : new_empty(x, {0}, x.scalar_type());
+  a.u = const_cast<void*>(head_input(u, x, {product ? a.samples : 0, a.classes}, "u"));
+  const auto result = [&](bool wanted, const Tensor& like) {
+    return wanted ? torch::stable::empty_like(like) : new_empty(x, {0}, x.scalar_type());
+  };
   const bool with_bias = head_grad && bias.has_value();
+  Tensor to_x = result(x_grad, x), to_weight = result(head_grad, weight);
   Tensor to_bias = new_empty(x, {with_bias ? a.classes : 0}, x.scalar_type());
+  Tensor to_vectors = result(vectors_grad && product, product ? *vectors : x);
   if (x_grad) a.x_grad = to_x.mutable_data_ptr();
+  a.head_grad = head_grad;
   if (head_grad) a.weight_grad = to_weight.mutable_data_ptr();
   if (with_bias) a.bias_grad = to_bias.mutable_data_ptr();
-  if (x_grad || head_grad) head_kernels().backward(a, torch_parallel());
-  return {to_x, to_weight, to_bias};
+  if (vectors_grad && product) a.vectors_grad = to_vectors.mutable_data_ptr();
+  if (x_grad || head_grad || vectors_grad) head_kernels().backward(a, torch_parallel());
+  return {to_x, to_weight, to_bias, to_vectors};
 }
 
 }  // namespace
@@ -82,11 +103,12 @@ std::tuple<Tensor, Tensor, Tensor> head_backward(const Tensor& grad, const Tenso
 
 STABLE_TORCH_LIBRARY_FRAGMENT(transfuse, m) {
   m.def(
-      "head_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? targets, int[] offsets) -> (Tensor, Tensor, "
-      "Tensor)");
+      "head_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? targets, Tensor? vectors, int[] offsets) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "head_backward(Tensor grad, Tensor p, Tensor rest, Tensor x, Tensor weight, Tensor? bias, Tensor? targets, "
-      "int[] offsets, bool x_grad, bool head_grad) -> (Tensor, Tensor, Tensor)");
+      "head_backward(Tensor grad, Tensor p, Tensor rest, Tensor u, Tensor x, Tensor weight, Tensor? bias, Tensor? "
+      "targets, Tensor? vectors, int[] offsets, bool x_grad, bool head_grad, bool vectors_grad) -> (Tensor, Tensor, "
+      "Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(transfuse, CPU, m) {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -57,7 +59,7 @@ def dense(head, labels, first, last):
 @pytest.mark.parametrize("classes", [1, 2, 5])
 def test_dense_hessians(classes, bias):
     head, labels = batch(classes, bias=bias)
-    found = [dense(head, labels, a, b) for a, b in zip(BOUNDS, BOUNDS[1:], strict=False)]
+    found = [dense(head, labels, a, b) for a, b in itertools.pairwise(BOUNDS)]
     g = torch.stack([f[0] for f in found])
     hessians = torch.stack([f[1] for f in found])
     shape = (-1, *found[0][2])
@@ -93,7 +95,7 @@ def test_one_domain_is_a_call_without_segments(classes):
         assert torch.equal(one, alone[None])
         apart = op(*head, *more, segments=BOUNDS)
         assert torch.equal(apart, op(*head, *more, segments=torch.tensor(BOUNDS)))
-        for e, (a, b) in enumerate(zip(BOUNDS, BOUNDS[1:], strict=False)):
+        for e, (a, b) in enumerate(itertools.pairwise(BOUNDS)):
             part = op(head[0][a:b], *head[1:], *(m[a:b] for m in more))
             torch.testing.assert_close(apart[e], part, rtol=1e-12, atol=1e-14)
 
@@ -344,17 +346,16 @@ def test_signs_are_bits_of_the_counter():
 # -- kernels --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["gradient", "diagonal"])
+@pytest.mark.parametrize("kind", ["gradient", "diagonal", "hgp"])
 def test_threads_do_not_change_a_bit(cpu, kind):
     head, labels = batch(9, columns=700, samples=96, dtype=torch.float32)
     leaves = [t.requires_grad_() for t in head]
 
     def run(threads):
         torch.set_num_threads(threads)
-        if kind == "gradient":
-            out = ops.head_gradient(*leaves, labels, segments=[0, 32, 33, 96], backend=cpu)
-        else:
-            out = ops.head_hessian_diagonal(*leaves, segments=[0, 32, 33, 96], backend=cpu)
+        more = () if kind == "diagonal" else (labels,)
+        op = ops.head_hessian_diagonal if kind == "diagonal" else getattr(ops, f"head_{kind}")
+        out = op(*leaves, *more, segments=[0, 32, 33, 96], backend=cpu)
         return out.detach(), *torch.autograd.grad(out.square().sum(), leaves)
 
     one = run(1)
@@ -366,21 +367,24 @@ def test_raw_ops_refuse_what_would_read_out_of_bounds(cpu):
     raw = torch.ops.transfuse
     x, w, b = torch.zeros(6, 3), torch.zeros(2, 3), torch.zeros(2)
     for args, match in (
-        ((x, w[:, :2], b, None, [0, 6]), "weight must have shape"),
-        ((x, w, b[:1], None, [0, 6]), "bias must have shape"),
-        ((x, w, b, None, [0, 5]), "offsets must go from 0 to 6"),
-        ((x, w, b, None, [0, 3, 3, 6]), "domain 1 is empty"),
-        ((x, w, b, None, []), "at least one domain"),
-        ((x, w, b, b, [0, 6]), "targets must have shape"),
-        ((x.half(), w, b, None, [0, 6]), "float32 or float64"),
-        ((x, w.double(), b, None, [0, 6]), "of the dtype of x"),
-        ((x.T.contiguous().T, w, b, None, [0, 6]), "contiguous"),
+        ((x, w[:, :2], b, None, None, [0, 6]), "weight must have shape"),
+        ((x, w, b[:1], None, None, [0, 6]), "bias must have shape"),
+        ((x, w, b, None, None, [0, 5]), "offsets must go from 0 to 6"),
+        ((x, w, b, None, None, [0, 3, 3, 6]), "domain 1 is empty"),
+        ((x, w, b, None, None, []), "at least one domain"),
+        ((x, w, b, b, None, [0, 6]), "targets must have shape"),
+        ((x.half(), w, b, None, None, [0, 6]), "float32 or float64"),
+        ((x, w.double(), b, None, None, [0, 6]), "of the dtype of x"),
+        ((x.T.contiguous().T, w, b, None, None, [0, 6]), "contiguous"),
     ):
         with pytest.raises(RuntimeError, match=match):
             raw.head_forward(*args)
+    for vectors, match in ((w, "three axes"), (w[None], "vectors must have shape")):
+        with pytest.raises(RuntimeError, match=match):
+            raw.head_forward(x, w, b, None, vectors, [0, 6])
     p = torch.zeros(6, 2)
     with pytest.raises(RuntimeError, match="grad must have shape"):
-        raw.head_backward(x, p, p, x, w, b, None, [0, 6], True, True)
+        raw.head_backward(x, p, p, p[:0], x, w, b, None, None, [0, 6], True, True, True)
 
 
 _FORCED = """
@@ -389,7 +393,8 @@ from transfuse import _C
 from transfuse.testing import oracle
 from transfuse.testing.specs import find_spec
 
-for spec in (find_spec("head_hessian_diagonal"), find_spec("head_gradient")):
+for name in ("head_hessian_diagonal", "head_gradient", "head_hessian_product"):
+    spec = find_spec(name)
     for case in spec.cases:
         if case.tags & {"bench"}:
             continue

@@ -1,11 +1,13 @@
-// Gradient and Hessian diagonal of a linear softmax or binary head, per domain (a stretch of the samples).
+// Gradient, Hessian diagonal and Hessian-vector product of a linear softmax or binary head, per domain (a stretch of
+// the samples).
 //
 // A domain of n samples x (with a 1 behind them where there is a bias, so D = d + 1 columns; else D = d), p = softmax(W
 // x), or sigmoid for one output, gives
 //   gradient  (1/n) sum (p - y) x^T          diagonal  (1/n) sum p (1 - p) (x * x)^T          (C x D)
-// Forward: a product over the columns (logits), a row of arithmetic, a product over the samples of each domain.
-// Backward the same twice over. Squares and the column of ones are made where a block is read, all domains go in one
-// call, and nothing larger than x, W and the result exists.
+//   product   (1/n) sum J u x^T,  u = V x,  J u = p * (u - p.u)  (one output: p (1 - p) u)
+// Forward: one or two products over the columns (logits, u), a row of arithmetic, a product over the samples of each
+// domain. Backward the same twice over. Squares and the column of ones are made where a block is read, all domains go
+// in one call, and nothing larger than x, W, V and the result exists.
 #pragma once
 
 #include "transfuse/parallel.h"
@@ -13,7 +15,7 @@
 
 namespace transfuse {
 
-enum class HeadKind : int { gradient = 0, diagonal };
+enum class HeadKind : int { gradient = 0, diagonal, product };
 
 // All tensors are contiguous and of one type, float or double (f64).
 struct HeadArgs {
@@ -25,13 +27,18 @@ struct HeadArgs {
   const void* weight = nullptr;                                // C x d
   const void* bias = nullptr;                                  // C, or nullptr
   const void* targets = nullptr;                               // gradient: N x C, the y
+  const void* vectors = nullptr;                               // product: E x C x D, the V
+  bool shared = false;                                         // vectors are C x D, for all domains
+  void* u = nullptr;                                           // product: N x C, made by forward
   void* out = nullptr;                                         // E x C x D
   void* p = nullptr;                                           // N x C: made by forward, read by backward
   void* rest = nullptr;                                        // N x C: 1 - p
   const void* grad = nullptr;                                  // E x C x D
-  void* x_grad = nullptr;                                      // N x d; nullptr: not wanted, as the next
+  void* x_grad = nullptr;                                      // N x d; nullptr: not wanted
+  bool head_grad = false;                                      // whether the two below are wanted (both may be empty)
   void* weight_grad = nullptr;                                 // C x d
-  void* bias_grad = nullptr;                                   // C; wanted with weight_grad where there is a bias
+  void* bias_grad = nullptr;                                   // C, where there is a bias
+  void* vectors_grad = nullptr;                                // as vectors; nullptr: not wanted
 };
 
 struct HeadKernels {

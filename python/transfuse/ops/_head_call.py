@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
@@ -180,7 +181,7 @@ def offsets(segments: object, count: int) -> tuple[int, ...]:
         raise ValueError(
             f"segments: expected offsets from 0 to {count} (rows of features), got {_short(bounds)}"
         )
-    for domain, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for domain, (first, last) in enumerate(itertools.pairwise(bounds)):
         if last == first:
             raise ValueError(
                 f"segments: expected at least one sample in every domain, got none in domain "

@@ -1,8 +1,9 @@
 """The differentiable core of the head curvature ops on the CPU: kernels, and rules of derivatives.
 
-The kernels give the gradient (with targets) or the Hessian diagonal (without) and the first
-derivative of either. The second derivative is composed of eager torch operations; a third raises.
-Forward mode and ``torch.func`` transforms do not come here: their wrappers run the composition.
+The kernels give the gradient (with targets), the Hessian's product with a vector for each domain or
+for all (with vectors) or its diagonal (with neither), and the first derivative of each. The second
+derivative is composed of eager torch operations; a third raises. Forward mode and ``torch.func``
+transforms do not come here: the wrappers run the composition for them.
 """
 
 from __future__ import annotations
@@ -19,46 +20,51 @@ from transfuse.ops._head_call import Head, Segments
 
 
 class Static(NamedTuple):
-    """What a call has besides tensors; ``x_grad``, ``head_grad``: gradients that are wanted."""
+    """What a call has besides tensors; then the gradients that are wanted."""
 
     offsets: tuple[int, ...]
     x_grad: bool = True
     head_grad: bool = True
+    vectors_grad: bool = True
 
 
 def forward(static: Static, tensors: Tensors) -> tuple[Tensor, ...]:
-    """The result, p and 1 - p of (x, weight, bias, targets)."""
+    """The result, p, 1 - p and u of (x, weight, bias, targets, vectors)."""
     return torch.ops.transfuse.head_forward(*tensors, static.offsets)
 
 
 def backward(static: Static, tensors: Tensors) -> tuple[Tensor, ...]:
-    """Gradients by x, weight and bias, of (grad, p, 1 - p, x, weight, bias, targets)."""
+    """Gradients by x, weight, bias and vectors, of (grad, p, 1 - p, u, x, weight, bias, targets,
+    vectors)."""
     grad, *rest = tensors
-    options = (static.offsets, static.x_grad, static.head_grad)
-    return torch.ops.transfuse.head_backward(grad.contiguous(), *rest, *options)
+    return torch.ops.transfuse.head_backward(grad.contiguous(), *rest, *static)
+
+
+def composed(head: Head, targets: Tensor | None, vectors: Tensor | None) -> Tensor:
+    """What :func:`forward` gives, in eager torch."""
+    if targets is not None:
+        return _head_reference.gradient(head, targets)
+    if vectors is not None:
+        return _head_reference.product(head, vectors[:, None])[:, 0]
+    return _head_reference.diagonal(head)
 
 
 def _second(static: Static, tensors: Tensors) -> tuple[Tensor, ...]:
-    """Gradients by grad, x, weight and bias, of (cotangents of x, weight and bias, grad, x, weight,
-    bias, targets)."""
-    *cotangents, grad, x, weight, bias, targets = tensors
+    """Gradients by grad, x, weight, bias and vectors, of (their cotangents but the first, grad, x,
+    weight, bias, vectors, targets)."""
+    *given, targets = tensors
+    cotangents, originals = given[:4], given[4:]
     with torch.enable_grad():
-        leaves = [None if t is None else t.detach().requires_grad_() for t in (grad, x, weight, bias)]
-        grad, x, weight, bias = leaves
-        head = Head(x, weight, bias, Segments(static.offsets, True))
-        if targets is None:
-            out = _head_reference.diagonal(head)
-        else:
-            out = _head_reference.gradient(head, targets)
+        leaves = [None if t is None else t.detach().requires_grad_() for t in originals]
+        grad, x, weight, bias, vectors = leaves
+        out = composed(Head(x, weight, bias, Segments(static.offsets, True)), targets, vectors)
         moved = [(t, c) for t, c in zip(leaves[1:], cotangents, strict=True) if c is not None]
         first = torch.autograd.grad(
             out, [t for t, _ in moved], grad, create_graph=True, materialize_grads=True
         )
         present = [t for t in leaves if t is not None]
         found = iter(
-            torch.autograd.grad(
-                first, present, [c for _, c in moved], allow_unused=True, materialize_grads=True
-            )
+            torch.autograd.grad(first, present, [c for _, c in moved], materialize_grads=True)
         )
     return tuple(None if t is None else next(found) for t in leaves)
 
@@ -77,27 +83,31 @@ def rules(table: Callable[[], Calls]) -> dict[str, Callable]:
     """vjp rules of both directions, written against ``table()``."""
 
     def forward_vjp(static, tensors, outputs, grads, needs):
-        x_grad, head_grad = bool(needs[0]), bool(needs[1] or needs[2])
-        if grads[0] is None or not (x_grad or head_grad):
-            return [None] * 4
-        wanted = static._replace(x_grad=x_grad, head_grad=head_grad)
-        _, p, rest = outputs
-        found = table().backward(wanted, (grads[0], p, rest, *tensors))
-        kept = (needs[0], needs[1], needs[2])
-        return [*(g if need else None for g, need in zip(found, kept, strict=True)), None]
+        wanted = (bool(needs[0]), bool(needs[1] or needs[2]), bool(needs[4]))
+        if grads[0] is None or not any(wanted):
+            return [None] * 5
+        _, *rest = outputs
+        to_x, to_weight, to_bias, to_vectors = table().backward(
+            Static(static.offsets, *wanted), (grads[0], *rest, *tensors)
+        )
+        found = (to_x, to_weight, to_bias, None, to_vectors)
+        return [g if need else None for g, need in zip(found, needs, strict=True)]
 
     def backward_vjp(static, tensors, outputs, cotangents, needs):
-        grad, _, _, x, weight, bias, targets = tensors
-        if bias is None:
-            cotangents = (*cotangents[:2], None)
-        if not static.x_grad:
-            cotangents = (None, *cotangents[1:])
-        if not static.head_grad:
-            cotangents = (cotangents[0], None, None)
+        grad, _, _, _, x, weight, bias, targets, vectors = tensors
+        # Results that were not wanted, or are not there, are empty tensors.
+        there = (
+            static.x_grad,
+            static.head_grad,
+            static.head_grad and bias is not None,
+            static.vectors_grad and vectors is not None,
+        )
+        cotangents = [c if flag else None for c, flag in zip(cotangents, there, strict=True)]
         if all(c is None for c in cotangents):
-            return [None] * 7
-        found = second(static, (*cotangents, grad, x, weight, bias, targets))
-        return [found[0], None, None, *found[1:], None]
+            return [None] * 9
+        found = second(static, (*cotangents, grad, x, weight, bias, vectors, targets))
+        to_grad, *to_head, to_vectors = found
+        return [to_grad, None, None, None, *to_head, None, to_vectors]
 
     return {"forward": forward_vjp, "backward": backward_vjp}
 
@@ -120,18 +130,24 @@ functions = _build()
 _RULES = rules(lambda: Calls(forward, backward))
 
 
-def _fake_forward(x, weight, bias, targets, offsets):
-    width = x.shape[1] + (bias is not None)
-    p = x.new_empty((x.shape[0], weight.shape[0]))
-    out = x.new_empty((len(offsets) - 1, weight.shape[0], width))
-    return out, p, torch.empty_like(p)
+def _fake_forward(x, weight, bias, targets, vectors, offsets):
+    width, classes = x.shape[1] + (bias is not None), weight.shape[0]
+    p = x.new_empty((x.shape[0], classes))
+    u = x.new_empty((0 if vectors is None else x.shape[0], classes))
+    return x.new_empty((len(offsets) - 1, classes, width)), p, torch.empty_like(p), u
 
 
-def _fake_backward(grad, p, rest, x, weight, bias, targets, offsets, x_grad, head_grad):
+def _fake_backward(
+    grad, p, rest, u, x, weight, bias, targets, vectors, offsets, x_grad, head_grad, vectors_grad
+):
+    def result(wanted, like):
+        return torch.empty_like(like) if wanted and like is not None else x.new_empty((0,))
+
     return (
-        torch.empty_like(x) if x_grad else x.new_empty((0,)),
-        torch.empty_like(weight) if head_grad else x.new_empty((0,)),
-        x.new_empty((weight.shape[0] if head_grad and bias is not None else 0,)),
+        result(x_grad, x),
+        result(head_grad, weight),
+        result(head_grad, bias),
+        result(vectors_grad, vectors),
     )
 
 
@@ -144,20 +160,20 @@ def _setup_forward(ctx, inputs, output):
 
 def _backward_of_forward(ctx, *grads):
     saved = ctx.saved_tensors
-    found = _RULES["forward"](ctx.static, saved[:4], saved[4:], grads, ctx.needs_input_grad[:4])
+    found = _RULES["forward"](ctx.static, saved[:5], saved[5:], grads, ctx.needs_input_grad[:5])
     return (*found, None)
 
 
 def _setup_backward(ctx, inputs, output):
-    *tensors, offsets, x_grad, head_grad = inputs
-    ctx.static = Static(tuple(offsets), x_grad, head_grad)
+    *tensors, offsets, x_grad, head_grad, vectors_grad = inputs
+    ctx.static = Static(tuple(offsets), x_grad, head_grad, vectors_grad)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors)
 
 
 def _backward_of_backward(ctx, *grads):
     found = _RULES["backward"](ctx.static, ctx.saved_tensors, None, grads, ctx.needs_input_grad)
-    return (*found, None, None, None)
+    return (*found, None, None, None, None)
 
 
 def register() -> None:

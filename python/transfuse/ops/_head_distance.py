@@ -7,6 +7,7 @@ a block of rows has everything that the gradient of these rows needs.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -35,9 +36,7 @@ def _blocks(count: int) -> Iterator[slice]:
 def _membership(segments: Segments, like: Tensor) -> Tensor:
     """(N, E): 1/n_e where the sample is of domain e, so that means are products."""
     result = like.new_zeros((segments.bounds[-1], segments.domains))
-    for domain, (first, last) in enumerate(
-        zip(segments.bounds, segments.bounds[1:], strict=False)
-    ):
+    for domain, (first, last) in enumerate(zip(segments.bounds, segments.bounds[1:], strict=False)):
         result[first:last, domain] = 1.0 / (last - first)
     return result
 
@@ -70,7 +69,7 @@ def forward(static: Static, tensors: Tensors) -> tuple[Tensor, ...]:
         products = pairs.inner.square_() * pairs.classes
         # Sums of stretches, not products with indicators: a NaN stays in its domain.
         columns = torch.stack([part.mean(1) for part in products.split(lengths, dim=1)], dim=1)
-        for domain, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for domain, (first, last) in enumerate(itertools.pairwise(bounds)):
             own = columns[max(first - rows.start, 0) : max(last - rows.start, 0)]
             result[domain] += own.sum(0) / (last - first)
     return (result,)
@@ -102,6 +101,4 @@ def _vjp(static, tensors, outputs, grads, needs):
     return [None] * 3 if grads[0] is None else _backward(static, (grads[0], *tensors))
 
 
-inner_products = function(
-    Differentiable(name="head_hessian_distance", forward=forward, vjp=_vjp)
-)
+inner_products = function(Differentiable(name="head_hessian_distance", forward=forward, vjp=_vjp))

@@ -10,6 +10,7 @@ and dropped, in the backward once more.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -63,7 +64,7 @@ def forward(static: Static, tensors: Tensors) -> tuple[Tensor, ...]:
     for probes in _chunks(static, p, width, given):
         centred, _ = _centred(features, p, probes, static.bias)
         t = (p[:, None] * centred).flatten(1)
-        for domain, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for domain, (first, last) in enumerate(itertools.pairwise(bounds)):
             rows = t[first:last] * (1.0 / ((last - first) * static.count))
             products = (rows.mT @ features[first:last]).unflatten(0, probes.shape[:2])
             inner = features.shape[1]
@@ -84,7 +85,7 @@ def backward(static: Static, tensors: Tensors) -> tuple[Tensor, ...]:
         centred, u = _centred(features, p, probes, static.bias)
         t = p[:, None] * centred
         to_t = torch.empty_like(t)
-        for domain, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for domain, (first, last) in enumerate(itertools.pairwise(bounds)):
             scale = 1.0 / ((last - first) * static.count)
             marked = (probes * (grad[domain] * scale)).flatten(0, 1)
             x = features[first:last]

@@ -44,9 +44,7 @@ def mean_outer(left: Tensor, features: Tensor, bias: bool, segments: Segments) -
         result = rows @ features.unflatten(0, split)
         sums = rows.sum(-1, keepdim=True) if bias else None
     else:
-        parts = [
-            rows * (1.0 / rows.shape[0]) for rows in left.split(segments.lengths)
-        ]
+        parts = [rows * (1.0 / rows.shape[0]) for rows in left.split(segments.lengths)]
         stretches = features.split(segments.lengths)
         result = torch.stack([p.mT @ x for p, x in zip(parts, stretches, strict=True)])
         sums = torch.stack([p.sum(0) for p in parts])[..., None] if bias else None
@@ -60,9 +58,7 @@ def outputs(features: Tensor, vectors: Tensor, bias: bool) -> Tensor:
     return torch.nn.functional.linear(features, vectors)
 
 
-def outputs_per_domain(
-    features: Tensor, vectors: Tensor, bias: bool, segments: Segments
-) -> Tensor:
+def outputs_per_domain(features: Tensor, vectors: Tensor, bias: bool, segments: Segments) -> Tensor:
     """``V_e x`` with the vectors of each sample's domain: (N, d) and (E, A, D) -> (N, A)."""
     if segments.even:
         stretches = features.unflatten(0, (segments.domains, segments.lengths[0]))

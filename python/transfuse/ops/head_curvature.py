@@ -18,10 +18,9 @@ __all__ = [
     "head_hgp",
 ]
 
-for _name in ("head_gradient", "head_hessian_diagonal"):
+_backend.declare("head_hessian_trace", ("reference",))
+for _name in ("head_gradient", "head_hessian_diagonal", "head_hessian_product", "head_hgp"):
     _backend.declare(_name, ("reference", "cpu"))
-for _name in ("head_hessian_product", "head_hessian_trace", "head_hgp"):
-    _backend.declare(_name, ("reference",))
 if _native.status().loaded:
     _head_core.register()
 
@@ -80,7 +79,9 @@ def head_gradient(
     """
     head = _head_call.head(features, weight, bias, segments)
     targets = _head_call.targets(labels, head.features, head.classes)
-    return _mean("head_gradient", backend, head, targets)
+    run = _kernel if _chosen("head_gradient", backend, head) == "cpu" else _head_core.composed
+    with full_precision(head.features):
+        return head.segments.shape(run(head, targets, None))
 
 
 def head_hessian_diagonal(
@@ -128,26 +129,30 @@ def head_hessian_diagonal(
         torch.Size([2, 3, 5])
     """
     head = _head_call.head(features, weight, bias, segments)
-    return _mean("head_hessian_diagonal", backend, head, None)
-
-
-def _mean(op: str, backend: str | None, head: Head, targets: Tensor | None) -> Tensor:
-    """The gradient (with targets) or the diagonal, by the backend that runs it."""
-    chosen = _backend.choose(op, backend, head.features.device, head.features.dtype)
+    chosen = _chosen("head_hessian_diagonal", backend, head)
+    run = _kernel if chosen == "cpu" else _head_core.composed
     with full_precision(head.features):
-        # Transforms and forward mode need rules of their own; those of torch are right.
-        if chosen != "cpu" or transformed():
-            if targets is None:
-                return head.segments.shape(_head_reference.diagonal(head))
-            return head.segments.shape(_head_reference.gradient(head, targets))
-        tensors = [
-            None if t is None else t.contiguous()
-            for t in (head.features, head.weight, head.bias, targets)
-        ]
-        static = _head_core.Static(head.segments.bounds)
-        eager = not torch.compiler.is_compiling()
-        call = _head_core.functions if eager and needs_derivative(tensors) else _head_core
-        return head.segments.shape(call.forward(static, tensors)[0])
+        return head.segments.shape(run(head, None, None))
+
+
+def _chosen(op: str, backend: str | None, head: Head) -> str:
+    """The backend that runs. Transforms and forward mode take the composition, whose derivatives of
+    any order and direction are torch's own."""
+    chosen = _backend.choose(op, backend, head.features.device, head.features.dtype)
+    return "composed" if chosen != "cpu" or transformed() else "cpu"
+
+
+def _kernel(head: Head, targets: Tensor | None, vectors: Tensor | None) -> Tensor:
+    """The gradient (with targets), the product with vectors (E, C, D) or (1, C, D), or the
+    diagonal (with neither), (E, C, D)."""
+    tensors = [
+        None if t is None else t.contiguous()
+        for t in (head.features, head.weight, head.bias, targets, vectors)
+    ]
+    static = _head_core.Static(head.segments.bounds)
+    eager = not torch.compiler.is_compiling()
+    call = _head_core.functions if eager and needs_derivative(tensors) else _head_core
+    return call.forward(static, tensors)[0]
 
 
 def head_hessian_trace(
@@ -242,10 +247,16 @@ def head_hessian_product(
     vectors = _head_call.vectors(vectors)
     head = _head_call.head(features, weight, bias, segments, vectors)
     vectors = _head_call.fit_vectors("vectors", vectors, head)
-    _backend.choose("head_hessian_product", backend, head.features.device, head.features.dtype)
+    chosen = _chosen("head_hessian_product", backend, head)
+    many = vectors[None] if vectors.dim() == 2 else vectors
     with full_precision(head.features):
-        many = vectors[None] if vectors.dim() == 2 else vectors
-        result = _head_reference.product(head, many)
+        if chosen == "cpu" and (many.shape[-3] == 1 or backend is not None):
+            # The runs are the first axis, or the one behind the domains.
+            own = many[:, None] if many.dim() == 3 else many.transpose(0, 1)
+            parts = [_kernel(head, None, v) for v in own.unbind(0)]
+            result = torch.stack(parts, 1) if parts else _head_reference.product(head, many)
+        else:
+            result = _head_reference.product(head, many)
         return head.segments.shape(result[:, 0] if vectors.dim() == 2 else result)
 
 
@@ -295,6 +306,8 @@ def head_hgp(
     """
     head = _head_call.head(features, weight, bias, segments)
     targets = _head_call.targets(labels, head.features, head.classes)
-    _backend.choose("head_hgp", backend, head.features.device, head.features.dtype)
+    chosen = _chosen("head_hgp", backend, head)
     with full_precision(head.features):
-        return head.segments.shape(_head_reference.hgp(head, targets))
+        if chosen != "cpu":
+            return head.segments.shape(_head_reference.hgp(head, targets))
+        return head.segments.shape(_kernel(head, None, _kernel(head, targets, None)))

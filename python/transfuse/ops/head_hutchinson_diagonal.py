@@ -80,8 +80,7 @@ def head_hutchinson_diagonal(
         given = _head_call.vectors(probes, "probes")
         if given.dim() == 2:
             raise ValueError(
-                "probes: expected shape (R, C, D) or (E, R, C, D), "
-                f"got {tuple(given.shape)}"
+                f"probes: expected shape (R, C, D) or (E, R, C, D), got {tuple(given.shape)}"
             )
     else:
         _checks.positive_int("probes", probes)

@@ -158,12 +158,8 @@ def test_full_and_spectral_are_norms_of_hessians():
 def test_gradients_of_norms(method, detach_mean):
     """By finite differences of dense Hessians, the mean held fixed or not."""
     head, features, labels = official()
-    terms = criterion(method, iterations=600, detach_mean=detach_mean).terms(
-        head, features, labels
-    )
-    curvature = terms.penalty - PARAMS["beta"] * _gradient_part(
-        head, features, labels, detach_mean
-    )
+    terms = criterion(method, iterations=600, detach_mean=detach_mean).terms(head, features, labels)
+    curvature = terms.penalty - PARAMS["beta"] * _gradient_part(head, features, labels, detach_mean)
     (found,) = torch.autograd.grad(curvature, features[1])
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(features[1].shape, generator=generator, dtype=torch.float64)

@@ -6,6 +6,7 @@ differentiation for a head that is any module. Both give gradients as (E, ...) t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,7 +20,6 @@ from transfuse.ops import (
     head_hessian_diagonal,
     head_hessian_distance,
     head_hessian_product,
-    head_hgp,
     head_hutchinson_diagonal,
 )
 from transfuse.ops._rademacher import rademacher
@@ -60,7 +60,7 @@ class LinearHead:
     ) -> None:
         self.given = (features, head.weight, head.bias)
         self.labels, self.bounds = labels, bounds
-        self.lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+        self.lengths = [b - a for a, b in itertools.pairwise(bounds)]
 
     def losses(self) -> Tensor:
         features, weight, bias = self.given
@@ -76,7 +76,8 @@ class LinearHead:
         return Pair(g, g.mean(0))
 
     def hgp(self, g: Pair, detached: bool) -> Pair:
-        own = head_hgp(*self.given, self.labels, segments=self.bounds)
+        # What head_hgp gives, without the gradient a second time.
+        own = head_hessian_product(*self.given, g.domains[:, None], segments=self.bounds)[:, 0]
         # The mean's Hessian times the mean's gradient, not the mean of the products.
         with torch.set_grad_enabled(torch.is_grad_enabled() and not detached):
             crossed = head_hessian_product(*self.given, g.mean, segments=self.bounds)
@@ -124,7 +125,9 @@ class LinearHead:
         features, weight, bias = self.given
         domains = len(self.lengths)
         shape = (domains, weight.shape[0], weight.shape[1] + (bias is not None))
-        dtype = torch.promote_types(torch.promote_types(features.dtype, weight.dtype), torch.float32)
+        dtype = torch.promote_types(
+            torch.promote_types(features.dtype, weight.dtype), torch.float32
+        )
         size = shape[1] * shape[2]
         v = rademacher(seed, 0, domains, size, dtype, features.device).reshape(shape)
         v = v / size**0.5
@@ -155,7 +158,7 @@ class ModuleHead:
         self.parameters = [p for p in head.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError("head: expected parameters that require gradients, got none")
-        self.lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+        self.lengths = [b - a for a, b in itertools.pairwise(bounds)]
         with torch.enable_grad():
             logits = head(features)
             if logits.dim() != 2 or logits.shape[0] != features.shape[0]:

@@ -95,7 +95,6 @@ class AlignmentTerms(NamedTuple):
         "head_hessian_diagonal",
         "head_hessian_distance",
         "head_hessian_product",
-        "head_hgp",
         "head_hutchinson_diagonal",
     ),
 )

@@ -110,11 +110,16 @@ def _case(kind: str, name: str, plan: Plan, tags: frozenset[str]) -> Case:
     return Case(name, make, (*names, *(("vectors",) if kind == "product" else ())), tags)
 
 
-def _cases(kind: str) -> tuple[Case, ...]:
-    def fits(plan: Plan) -> bool:
-        return plan.segments or kind != "distance"
+# Ops composed of torch operations have no widths of vectors and tiles to be tried at.
+_COMPOSED = ("domains", "even domains", "one domain", "binary, no bias", "no columns", "saturated")
 
-    return tuple(_case(kind, name, *entry) for name, entry in _PLANS.items() if fits(entry[0]))
+
+def _cases(kind: str, kernel: bool) -> tuple[Case, ...]:
+    return tuple(
+        _case(kind, name, *entry)
+        for name, entry in _PLANS.items()
+        if (kernel or name in _COMPOSED) and (entry[0].segments or kind != "distance")
+    )
 
 
 def _fuzz(kind: str) -> Callable[[Callable[[Sequence[object]], object]], Case]:
@@ -200,7 +205,9 @@ def _errors(kind: str) -> tuple[BadCase, ...]:
             "at least one sample in every domain, got none in domain 1",
             segments=[0, 4, 4, 6],
         ),
-        bad("segments order", ValueError, "ascending offsets, got 2 after 4", segments=[0, 4, 2, 6]),
+        bad(
+            "segments order", ValueError, "ascending offsets, got 2 after 4", segments=[0, 4, 2, 6]
+        ),
     ]
     if kind in ("gradient", "hgp"):
         wrong = torch.tensor([0, 1, 2, 0, 1, 0])
@@ -284,19 +291,24 @@ def _raw_calls(kind: str) -> Callable[[str], tuple[RawCall, ...]]:
             generator = torch.Generator().manual_seed(0)
             tensors = plan.draw(kind, torch.float32, torch.device("cpu"), generator)
             targets = torch.full((5, 3), 0.25) if kind == "gradient" else None
+            v = torch.randn(2, 3, 5, generator=generator).requires_grad_(grad)
+            u = torch.randn(5 if kind == "product" else 0, 3, generator=generator)
+            v = v if kind == "product" else None
             x, w, b = (tensors[n].requires_grad_(grad) for n in ("features", "weight", "bias"))
             p = torch.rand(5, 3, generator=generator)
             cotangent = torch.randn(2, 3, 5, generator=generator).requires_grad_(grad)
             label = "with gradients" if grad else "plain"
             found += [
-                RawCall(f"forward, {label}", ops.head_forward, (x, w, b, targets, [0, 3, 5])),
-                RawCall(f"no bias, {label}", ops.head_forward, (x, w, None, targets, [0, 5])),
+                RawCall(f"forward, {label}", ops.head_forward, (x, w, b, targets, v, [0, 3, 5])),
             ]
+            if kind != "product":
+                arguments = (x, w, None, targets, None, [0, 5])
+                found.append(RawCall(f"no bias, {label}", ops.head_forward, arguments))
             if not grad:
-                arguments = (cotangent, p, 1 - p, x, w, b, targets, [0, 3, 5])
+                arguments = (cotangent, p, 1 - p, u, x, w, b, targets, v, [0, 3, 5])
                 found += [
-                    RawCall("backward", ops.head_backward, (*arguments, True, True)),
-                    RawCall("backward, head", ops.head_backward, (*arguments, False, True)),
+                    RawCall("backward", ops.head_backward, (*arguments, True, True, True)),
+                    RawCall("backward, head", ops.head_backward, (*arguments, False, True, False)),
                 ]
         return tuple(found)
 
@@ -317,7 +329,7 @@ def _reference(op: Op) -> Op:
 
 
 def _spec(op: Op, kind: str, products: int, kernel: bool = False) -> OpSpec:
-    cases = _cases(kind)
+    cases = _cases(kind, kernel)
     names = {case.name for case in cases}
     return OpSpec(
         name=op.__name__,
@@ -329,10 +341,11 @@ def _spec(op: Op, kind: str, products: int, kernel: bool = False) -> OpSpec:
         flops=_flops(products),
         bytes=_bytes,
         errors=_errors(kind),
-        gradcheck=tuple(name for name in GRADCHECK if name in names)[: None if kernel else 2],
+        gradcheck=tuple(name for name in GRADCHECK if name in names)[: None if kernel else 1],
         refuses=_KERNEL_REFUSES if kernel else {},
         fuzz=_fuzz(kind) if kernel else None,
-        raw_calls=_raw_calls(kind) if kernel else None,
+        raw_calls=_raw_calls(kind) if kernel and kind != "hgp" else None,
+        varying=frozenset({"tangent", "second gradient"}) if kernel else frozenset(),
     )
 
 
@@ -340,8 +353,8 @@ SPECS = (
     _spec(head_gradient, "gradient", 2, kernel=True),
     _spec(head_hessian_diagonal, "diagonal", 2, kernel=True),
     _spec(head_hessian_trace, "trace", 1),
-    _spec(head_hessian_product, "product", 5),
-    _spec(head_hgp, "hgp", 4),
+    _spec(head_hessian_product, "product", 5, kernel=True),
+    _spec(head_hgp, "hgp", 4, kernel=True),
     _spec(head_hessian_distance, "distance", 2),
     _spec(head_hutchinson_diagonal, "hutchinson", 21),
 )
