@@ -50,7 +50,7 @@ def head_gradient(
             int64 or int32 tensor, whose entries are read): domain e has the samples
             ``segments[e]`` to ``segments[e + 1] - 1``, at least one. None: all samples are one
             domain.
-        backend: None or ``"reference"``.
+        backend: None, ``"reference"`` or ``"cpu"``.
 
     Returns:
         (E, C, D), without ``segments`` (C, D): gradient by weight in the first d columns, by bias
@@ -59,11 +59,17 @@ def head_gradient(
 
     Raises:
         TypeError, ValueError: an argument that does not fit; the message names it.
+        RuntimeError: a named backend that cannot run here, with the reason.
 
     Notes:
-        Two matrix products of 2 N C d operations. Arithmetic is float32 (float64), also for half
-        inputs and under autocast. A sample that is not finite makes the results of its domain NaN
-        and leaves those of others: features are not searched for such numbers.
+        Two matrix products of 2 N C d operations, on the CPU in one kernel for all domains, and
+        one for the gradients. Arithmetic is float32 (float64), also for half inputs and under
+        autocast. The same bits come out for every number of threads. A sample that is not finite
+        makes the results of its domain NaN and leaves those of others: features are not searched
+        for such numbers.
+
+        Second derivatives are composed of eager torch operations, third ones raise; forward mode
+        and ``torch.func`` transforms run the composition (``"reference"``), which has all orders.
 
     Example:
         >>> import torch
@@ -104,18 +110,20 @@ def head_hessian_diagonal(
         weight: (C, d); C = 1 is the binary head.
         bias: (C,) or None.
         segments: offsets of the domains, or None.
-        backend: None or ``"reference"``.
+        backend: None, ``"reference"`` or ``"cpu"``.
 
     Returns:
         (E, C, D), without ``segments`` (C, D); layout and dtype of :func:`head_gradient`.
 
     Raises:
         TypeError, ValueError: an argument that does not fit; the message names it.
+        RuntimeError: a named backend that cannot run here, with the reason.
 
     Notes:
-        Two matrix products of 2 N C d operations: the price of one Hutchinson probe, for what
-        infinitely many would give. :math:`1 - p` of a class near 1 is the sum of the others, so
-        that it has all its digits.
+        Two matrix products of 2 N C d operations: less than the price of one Hutchinson probe, for
+        what infinitely many would give. Squares of the features are made where they are read, and
+        :math:`1 - p` of a class near 1 is the sum of the others, so that it has all its digits.
+        Else as :func:`head_gradient`.
 
     Reference:
         Hemati et al. 2023, Understanding Hessian Alignment for Domain Generalization
@@ -184,7 +192,8 @@ def head_hessian_trace(
         TypeError, ValueError: an argument that does not fit; the message names it.
 
     Notes:
-        One matrix product, and one pass over the features.
+        One matrix product, and one pass over the features. A composition of torch operations, on
+        purpose: the product is a library GEMM, which is nearly all of it.
 
     Example:
         >>> import torch
@@ -222,17 +231,19 @@ def head_hessian_product(
         vectors: (C, D), one for all domains; (R, C, D), R of them for all domains; or
             (E, R, C, D), R for each. Floating; D and its columns as in :func:`head_gradient`.
         segments: offsets of the domains, or None.
-        backend: None or ``"reference"``.
+        backend: None, ``"reference"`` or ``"cpu"``.
 
     Returns:
         (E, R, C, D): without E if there are no ``segments``, without R for one vector (C, D).
 
     Raises:
         TypeError, ValueError: an argument that does not fit; the message names it.
+        RuntimeError: a named backend that cannot run here, with the reason.
 
     Notes:
-        4 N R C d operations in two matrix products, whatever the number of domains, beside the
-        logits. Differentiable in vectors as well.
+        4 N R C d operations beside the logits. Differentiable in vectors as well. With one vector
+        for each domain, or for all, the CPU kernel runs; R of them are a composition of matrix
+        products R times as large, which torch's GEMM does best. Else as :func:`head_gradient`.
 
     Example:
         >>> import torch
@@ -279,18 +290,20 @@ def head_hgp(
         bias: (C,) or None.
         labels: (N,), as in :func:`head_gradient`.
         segments: offsets of the domains, or None.
-        backend: None or ``"reference"``.
+        backend: None, ``"reference"`` or ``"cpu"``.
 
     Returns:
         (E, C, D), without ``segments`` (C, D); layout and dtype of :func:`head_gradient`.
 
     Raises:
         TypeError, ValueError: an argument that does not fit; the message names it.
+        RuntimeError: a named backend that cannot run here, with the reason.
 
     Notes:
-        Four matrix products of 2 N C d operations. The product of the mean loss over domains is
-        the mean of ``head_hessian_product`` with the mean gradient, not the mean of this. Where a
-        gradient is 0 the product is 0; the norm-gradient form is 0 / 0 there.
+        Five matrix products of 2 N C d operations. Else as :func:`head_gradient`. For the mean of
+        the losses of several domains, take the mean of :func:`head_hessian_product` with the mean
+        gradient: the mean of these products is something else. Where a gradient is 0 the product is
+        0; the norm-gradient form is 0 / 0 there.
 
     Reference:
         Hemati et al. 2023, Understanding Hessian Alignment for Domain Generalization
