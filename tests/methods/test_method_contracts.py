@@ -185,6 +185,7 @@ def _domain_penalty(dtype, options):
     head = torch.nn.Linear(6, 3)
     with torch.no_grad():
         head.weight.copy_(torch.randn(3, 6, generator=generator))
+        head.bias.zero_()
     x = torch.randn(9, 6, generator=generator).to(dtype).requires_grad_()
     loss = methods.get("hessian_alignment")(**options)
     head = head.to(dtype)

@@ -45,7 +45,8 @@ def composed(head: Head, targets: Tensor | None, vectors: Tensor | None) -> Tens
     if targets is not None:
         return _head_reference.gradient(head, targets)
     if vectors is not None:
-        return _head_reference.product(head, vectors[:, None])[:, 0]
+        shared = vectors.shape[0] == 1
+        return _head_reference.product(head, vectors if shared else vectors[:, None])[:, 0]
     return _head_reference.diagonal(head)
 
 

@@ -264,7 +264,7 @@ def head_hessian_product(
         if chosen == "cpu" and (many.shape[-3] == 1 or backend is not None):
             # The runs are the first axis, or the one behind the domains.
             own = many[:, None] if many.dim() == 3 else many.transpose(0, 1)
-            parts = [_kernel(head, None, v) for v in own.unbind(0)]
+            parts = [_kernel(head, None, own[run]) for run in range(own.shape[0])]
             result = torch.stack(parts, 1) if parts else _head_reference.product(head, many)
         else:
             result = _head_reference.product(head, many)
