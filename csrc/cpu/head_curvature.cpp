@@ -157,7 +157,7 @@ template <class T>
 void pack(const T* from, int64_t stride, int64_t rows, int64_t k, int64_t live, int64_t ones, int64_t columns, T* to) {
   for (int64_t i = 0; i < rows; ++i, to += columns) {
     const int64_t real = std::min(live, ones - k);
-    copy_row(from + i * stride + k, real, to);
+    if (real > 0) copy_row(from + i * stride + k, real, to);
     for (int64_t j = real; j < columns; ++j) to[j] = j < live ? T(1) : T(0);
   }
 }
@@ -283,7 +283,7 @@ void run_backward(const HeadArgs& args, const Parallel& parallel) {
     }
     if (!args.head_grad) return;
     for (int64_t c = 0; c < classes; ++c) {
-      copy_row(sum + c * columns, real, static_cast<T*>(args.weight_grad) + c * args.columns + k);
+      if (real > 0) copy_row(sum + c * columns, real, static_cast<T*>(args.weight_grad) + c * args.columns + k);
       if (real < live) static_cast<T*>(args.bias_grad)[c] = sum[c * columns + real];
     }
   });
