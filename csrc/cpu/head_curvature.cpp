@@ -13,7 +13,7 @@ namespace transfuse {
 namespace TRANSFUSE_ISA {
 namespace {
 
-constexpr int64_t kDotRows = 32;      // samples per task of products over columns
+constexpr int64_t kDotRows = 16;      // samples per task of products over columns
 constexpr int64_t kRows = 64;         // samples per block of products over samples
 constexpr int64_t kSerial = 1 << 16;  // multiply-adds in all below which waking other threads does not pay
 

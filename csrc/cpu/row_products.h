@@ -11,6 +11,17 @@ namespace TRANSFUSE_ISA {
 constexpr int64_t kDotColumns = 1024;  // columns per block
 constexpr int kDotTile = 4;            // rows of one register tile
 
+template <class T>
+TRANSFUSE_INLINE T lane_sum(typename Simd<T>::V v) {
+  return horizontal_sum<T>(v);
+}
+#if defined(__AVX2__) && !defined(__AVX512F__)
+template <>
+inline __attribute__((always_inline)) float lane_sum<float>(VecF v) {
+  return fold_sum((__m256)v);
+}
+#endif
+
 // sums[i][j] += sum_k f(x_i[k]) v_j[k] over n columns, f the square or nothing.
 template <class T, bool kSquares, int kColumns>
 TRANSFUSE_INLINE void dot_tile(int64_t n, const T* const* x, const T* const* v, T (*sums)[kColumns]) {
@@ -36,7 +47,7 @@ TRANSFUSE_INLINE void dot_tile(int64_t n, const T* const* x, const T* const* v, 
   }
   for (int i = 0; i < kDotTile; ++i)
     for (int j = 0; j < kColumns; ++j) {
-      T sum = horizontal_sum<T>(acc[i][j]);
+      T sum = lane_sum<T>(acc[i][j]);
       for (int64_t t = k; t < n; ++t) sum += (kSquares ? x[i][t] * x[i][t] : x[i][t]) * v[j][t];
       sums[i][j] += sum;
     }
@@ -67,12 +78,15 @@ static void dots(int64_t rows, int64_t columns, int64_t classes, const T* x, int
     for (int64_t c = 0; c < classes; ++c) out[i * ldo + c] = start == nullptr ? T(0) : start[c * step];
   for (int64_t k = 0; k < columns; k += kDotColumns) {
     const int64_t n = std::min(kDotColumns, columns - k);
-    int64_t c = 0;
-    for (; c + 3 <= classes; c += 3) dot_panel<T, kSquares, 3>(rows, n, x + k, ldx, v + c * ldv + k, ldv, out + c, ldo);
-    if (classes - c == 2)
-      dot_panel<T, kSquares, 2>(rows, n, x + k, ldx, v + c * ldv + k, ldv, out + c, ldo);
-    else if (classes - c == 1)
-      dot_panel<T, kSquares, 1>(rows, n, x + k, ldx, v + c * ldv + k, ldv, out + c, ldo);
+    // Threes, but four as two and two: a single one would leave the multipliers waiting.
+    for (int64_t c = 0, width; c < classes; c += width) {
+      const int64_t left = classes - c;
+      width = left == 4 || left == 2 ? 2 : left >= 3 ? 3 : 1;
+      const auto panel = width == 3   ? dot_panel<T, kSquares, 3>
+                         : width == 2 ? dot_panel<T, kSquares, 2>
+                                      : dot_panel<T, kSquares, 1>;
+      panel(rows, n, x + k, ldx, v + c * ldv + k, ldv, out + c, ldo);
+    }
   }
 }
 

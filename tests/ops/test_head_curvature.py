@@ -186,6 +186,7 @@ class _Largest(TorchDispatchMode):
 def test_nothing_large_is_formed(name, monkeypatch):
     """Neither N x C x d nor a Hessian nor a matrix of all probes, forward or backward."""
     monkeypatch.setattr(_head_hutchinson, "CHUNK", 2000)
+    monkeypatch.setattr(_head_distance, "BLOCK", 1000)
     samples, columns, classes = 60, 100, 12
     head, labels = batch(classes, columns, samples=samples)
     more = {"head_gradient": (labels,), "head_hgp": (labels,), "head_hutchinson_diagonal": (50,)}
@@ -261,7 +262,8 @@ def test_hutchinson_has_the_variance_of_the_theory():
     assert (runs.var(0) / variance - 1).abs().max() < 0.35
 
 
-def test_second_derivatives_are_refused_or_right():
+def test_second_derivatives_are_refused_or_right(monkeypatch):
+    monkeypatch.setattr(_head_distance, "BLOCK", 100)  # else a call as small as this is composed
     head, labels = batch(3, columns=4)
     leaves = [t.requires_grad_() for t in head]
 

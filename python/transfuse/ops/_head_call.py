@@ -90,8 +90,8 @@ def targets(labels: object, features: Tensor, classes: int) -> Tensor:
     The numbers are read to be checked: at once on the CPU, elsewhere once per tensor (class
     numbers) or not at all (floating labels).
     """
-    count, floating = features.shape[0], isinstance(labels, Tensor) and labels.is_floating_point()
-    if classes == 1 and floating:
+    count = features.shape[0]
+    if classes == 1 and isinstance(labels, Tensor) and labels.is_floating_point():
         return _soft_targets(labels, features)
     labels = _checks.index_map(
         "labels", labels, count, max(classes, 2), "rows of features", "features", features

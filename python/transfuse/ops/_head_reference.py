@@ -134,13 +134,19 @@ def squared_distance(head: Head) -> Tensor:
     """
     p, rest = probabilities(head)
     spread, squares = p * rest, p * p
-    inner = head.features @ head.features.mT + (head.bias is not None)
-    classes = spread @ spread.mT + (p @ p.mT).square() - squares @ squares.mT
+    inner = head.features @ head.features.mT
+    if head.bias is not None:
+        inner = inner + 1.0
+    diagonals = torch.cat((spread, squares), 1) @ torch.cat((spread, -squares), 1).mT
+    classes = diagonals + (p @ p.mT).square()
     return distances(pair_means(inner.square() * classes, head.segments))
 
 
 def pair_means(pairs: Tensor, segments: Segments) -> Tensor:
     """Means of (N, N) over all pairs of domains, (E, E)."""
+    if segments.even:
+        size = (segments.domains, segments.lengths[0])
+        return pairs.unflatten(1, size).mean(2).unflatten(0, size).mean(1)
     rows = [part.mean(0) for part in pairs.split(segments.lengths)]
     columns = torch.stack(rows).split(segments.lengths, dim=1)
     return torch.stack([part.mean(1) for part in columns], dim=1)

@@ -35,7 +35,7 @@ def head_hessian_distance(
         bias: (C,) or None.
         segments: offsets of the domains.
         backend: None or ``"reference"``, which differentiates to any order and forms N x N
-            matrices at once.
+            matrices at once, as None does for up to 1024 samples.
 
     Returns:
         (E, E), symmetric, at least 0, exactly 0 on the diagonal; dtype of :func:`head_gradient`.
@@ -43,7 +43,8 @@ def head_hessian_distance(
 
     Raises:
         TypeError, ValueError: an argument that does not fit; the message names it.
-        NotImplementedError: a second derivative of the result (``"reference"`` has it).
+        NotImplementedError: a second derivative for more than 1024 samples (``"reference"`` has
+            it).
 
     Notes:
         2 N^2 (d + 3 C) operations in float64, whatever the inputs: a distance is a small
@@ -74,7 +75,8 @@ def head_hessian_distance(
             None if head.bias is None else head.bias.double(),
             head.segments,
         )
-        if backend == "reference" or transformed() or torch.compiler.is_compiling():
+        small = head.features.shape[0] ** 2 <= _head_distance.BLOCK
+        if small or backend == "reference" or transformed() or torch.compiler.is_compiling():
             return _head_reference.squared_distance(wide).to(dtype)
         p, rest = _head_reference.probabilities(wide)
         static = _head_distance.Static(wide.segments, wide.bias is not None)

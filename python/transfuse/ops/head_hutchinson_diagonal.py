@@ -82,8 +82,13 @@ def head_hutchinson_diagonal(
             raise ValueError(
                 f"probes: expected shape (R, C, D) or (E, R, C, D), got {tuple(given.shape)}"
             )
+        count = given.shape[-3]
+        if count == 0:
+            raise ValueError(f"probes: expected at least one, got shape {tuple(given.shape)}")
+        if given.requires_grad:
+            raise ValueError("probes: expected a tensor without gradient, got one that requires it")
     else:
-        _checks.positive_int("probes", probes)
+        count = _checks.positive_int("probes", probes)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed: expected an integer, got {_checks.describe(seed)}")
     if not -(2**63) <= seed < 2**64:
@@ -93,13 +98,8 @@ def head_hutchinson_diagonal(
     head = _head_call.head(features, weight, bias, segments, given)
     if given is not None:
         given = _head_call.fit_vectors("probes", given, head)
-        if given.shape[-3] == 0:
-            raise ValueError(f"probes: expected at least one, got shape {tuple(given.shape)}")
-        if given.requires_grad:
-            raise ValueError("probes: expected a tensor without gradient, got one that requires it")
     dtype, device = head.features.dtype, head.features.device
     _backend.choose("head_hutchinson_diagonal", backend, device, dtype)
-    count = probes if given is None else given.shape[-3]
     with full_precision(head.features):
         if backend == "reference" or transformed() or torch.compiler.is_compiling():
             if given is None:

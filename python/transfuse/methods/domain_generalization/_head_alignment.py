@@ -93,16 +93,16 @@ class LinearHead:
             if probes.given.dim() == 3:
                 q = estimate(probes.given, 0, False)
                 return Pair(q, q.mean(0))
-            own, other = estimate(probes.given[1:], 0, False), probes.given[0]
-            independent = True
+            own, other = estimate(probes.given[1:], 0, False), probes.given[:1]
         else:
             own = estimate(probes.count, probes.seed, probes.independent)
-            other, independent = probes.count, probes.independent
-        if not independent:
-            return Pair(own, own.mean(0))
+            if not probes.independent:
+                return Pair(own, own.mean(0))
+            other = None
         # Probes of the mean are others than those of the domains.
         with torch.set_grad_enabled(torch.is_grad_enabled() and not detached):
-            return Pair(own, estimate(other, probes.seed + 1, False).mean(0))
+            which = probes.count if other is None else other[0]
+            return Pair(own, estimate(which, probes.seed + 1, False).mean(0))
 
     def exact(self) -> Pair:
         q = head_hessian_diagonal(*self.given, segments=self.bounds)

@@ -225,7 +225,11 @@ class HessianAlignment(nn.Module):
             )
         if probes is not None and self.method != "hutchinson":
             raise ValueError(f"probes: expected None for method {self.method!r}, got a tensor")
-        parts = (LinearHead if linear else ModuleHead)(head, x, y, bounds)
+        parts: LinearHead | ModuleHead
+        if isinstance(head, nn.Linear) and linear:
+            parts = LinearHead(head, x, y, bounds)
+        else:
+            parts = ModuleHead(head, x, y, bounds)
         g, losses = parts.gradients(), parts.losses()
         gap = _gaps(g, self.detach_mean)
         q, curvature = self._curvature(parts, g, probes)
@@ -253,13 +257,15 @@ class HessianAlignment(nn.Module):
         seed = (self.seed + 0x9E3779B97F4A7C15 * 2 * self.calls) % 2**64
         if self.method in ("hutchinson", "spectral"):
             self.calls += 1
-        if self.method == "full":
-            return None, parts.frobenius()
-        if self.method == "spectral":
-            return None, parts.spectral(self.iterations, seed, self.detach_mean).square()
-        if self.method == "exact":
-            q = parts.exact()
-        elif self.method == "hgp":
+        if isinstance(parts, LinearHead):
+            if self.method == "full":
+                return None, parts.frobenius()
+            if self.method == "spectral":
+                return None, parts.spectral(self.iterations, seed, self.detach_mean).square()
+            if self.method == "exact":
+                q = parts.exact()
+                return q.domains, _gaps(q, self.detach_mean)
+        if self.method == "hgp":
             q = parts.hgp(g, self.detach_mean)
         else:
             drawn = Probes(self.probes, seed, self.independent, probes)
@@ -287,7 +293,9 @@ class HessianAlignment(nn.Module):
 
 def _gaps(pair: Pair, detached: bool) -> Tensor:
     mean = pair.mean.detach() if detached else pair.mean
-    return (pair.domains - mean).flatten(1).square().sum(1)
+    gaps = (pair.domains - mean).flatten(1)
+    # A product of each row with itself: squares are neither stored nor read again.
+    return torch.bmm(gaps[:, None], gaps[..., None]).flatten()
 
 
 def _weight(name: str, value: object) -> float:

@@ -145,11 +145,9 @@ def _fuzz(kind: str) -> Callable[[Callable[[Sequence[object]], object]], Case]:
 
 def _bad(kind: str, name: str, error: type[Exception], match: str, **changes: object) -> BadCase:
     plan = Plan((4, 2), 3, 2)
-    tensors: dict[str, object] = plan.draw(
-        kind, torch.float32, torch.device("cpu"), torch.Generator().manual_seed(0)
-    )
+    drawn = plan.draw(kind, torch.float32, torch.device("cpu"), torch.Generator().manual_seed(0))
     segments = changes.pop("segments", plan.bounds)
-    tensors = {**tensors, **changes}
+    tensors = {**drawn, **changes}
 
     def call(op: Op) -> object:
         return op(*_arguments(kind, tensors), segments=segments)
@@ -291,24 +289,24 @@ def _raw_calls(kind: str) -> Callable[[str], tuple[RawCall, ...]]:
             generator = torch.Generator().manual_seed(0)
             tensors = plan.draw(kind, torch.float32, torch.device("cpu"), generator)
             targets = torch.full((5, 3), 0.25) if kind == "gradient" else None
-            v = torch.randn(2, 3, 5, generator=generator).requires_grad_(grad)
-            u = torch.randn(5 if kind == "product" else 0, 3, generator=generator)
-            v = v if kind == "product" else None
+            product, v, u = kind == "product", None, torch.empty(0, 3)
+            if product:
+                v = torch.randn(2, 3, 5, generator=generator).requires_grad_(grad)
+                u = torch.randn(5, 3, generator=generator)
             x, w, b = (tensors[n].requires_grad_(grad) for n in ("features", "weight", "bias"))
-            p = torch.rand(5, 3, generator=generator)
-            cotangent = torch.randn(2, 3, 5, generator=generator).requires_grad_(grad)
             label = "with gradients" if grad else "plain"
-            found += [
-                RawCall(f"forward, {label}", ops.head_forward, (x, w, b, targets, v, [0, 3, 5])),
-            ]
-            if kind != "product":
-                arguments = (x, w, None, targets, None, [0, 5])
-                found.append(RawCall(f"no bias, {label}", ops.head_forward, arguments))
+            both = (x, w, b, targets, v, [0, 3, 5])
+            found.append(RawCall(f"forward, {label}", ops.head_forward, both))
+            if not product:
+                alone = (x, w, None, targets, None, [0, 5])
+                found.append(RawCall(f"no bias, {label}", ops.head_forward, alone))
             if not grad:
-                arguments = (cotangent, p, 1 - p, u, x, w, b, targets, v, [0, 3, 5])
+                p = torch.rand(5, 3, generator=generator)
+                cotangent = torch.randn(2, 3, 5, generator=generator)
+                whole = (cotangent, p, 1 - p, u, *both)
                 found += [
-                    RawCall("backward", ops.head_backward, (*arguments, True, True, True)),
-                    RawCall("backward, head", ops.head_backward, (*arguments, False, True, False)),
+                    RawCall("backward", ops.head_backward, (*whole, True, True, True)),
+                    RawCall("backward, head", ops.head_backward, (*whole, False, True, False)),
                 ]
         return tuple(found)
 
