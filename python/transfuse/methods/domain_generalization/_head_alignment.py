@@ -102,7 +102,7 @@ class LinearHead:
         # Probes of the mean are others than those of the domains.
         with torch.set_grad_enabled(torch.is_grad_enabled() and not detached):
             which = probes.count if other is None else other[0]
-            return Pair(own, estimate(which, probes.seed + 1, False).mean(0))
+            return Pair(own, estimate(which, (probes.seed + 1) % 2**64, False).mean(0))
 
     def exact(self) -> Pair:
         q = head_hessian_diagonal(*self.given, segments=self.bounds)
