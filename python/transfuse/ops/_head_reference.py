@@ -18,13 +18,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from transfuse.ops._head_call import Head, Segments
+from transfuse.ops._head_call import Batch, Segments
 
 
-def probabilities(head: Head) -> tuple[Tensor, Tensor]:
+def probabilities(logits: Tensor) -> tuple[Tensor, Tensor]:
     """p and 1 - p, each (N, C), both with all their digits."""
-    logits = torch.nn.functional.linear(head.features, head.weight, head.bias)
-    if head.classes == 1:
+    if logits.shape[1] == 1:
         return logits.sigmoid(), (-logits).sigmoid()
     # 1 - p of the largest class would lose its digits when p is near 1: the sum of the others.
     top = logits.detach().argmax(-1, keepdim=True)
@@ -80,66 +79,55 @@ def mean_rows(values: Tensor, segments: Segments) -> Tensor:
     return torch.stack([part.mean() for part in values.split(segments.lengths)])
 
 
-def gradient(head: Head, targets: Tensor) -> Tensor:
+def gradient(batch: Batch, targets: Tensor) -> Tensor:
     """(E, C, D)."""
-    p, _ = probabilities(head)
-    return mean_outer(p - targets, head.features, head.bias is not None, head.segments)
+    p, _ = probabilities(batch.logits)
+    return mean_outer(p - targets, batch.features, batch.ones, batch.segments)
 
 
-def diagonal(head: Head) -> Tensor:
+def diagonal(batch: Batch) -> Tensor:
     """(E, C, D)."""
-    p, rest = probabilities(head)
-    squares = head.features * head.features
-    return mean_outer(p * rest, squares, head.bias is not None, head.segments)
+    p, rest = probabilities(batch.logits)
+    squares = batch.features * batch.features
+    return mean_outer(p * rest, squares, batch.ones, batch.segments)
 
 
-def trace(head: Head) -> Tensor:
+def trace(batch: Batch) -> Tensor:
     """(E,)."""
-    p, rest = probabilities(head)
-    length = (head.features * head.features).sum(-1) + (head.bias is not None)
-    return mean_rows((p * rest).sum(-1) * length, head.segments)
+    p, rest = probabilities(batch.logits)
+    length = (batch.features * batch.features).sum(-1) + (batch.ones)
+    return mean_rows((p * rest).sum(-1) * length, batch.segments)
 
 
-def product(head: Head, vectors: Tensor) -> Tensor:
+def product(batch: Batch, vectors: Tensor) -> Tensor:
     """H_e V: (E, R, C, D) for vectors (R, C, D), shared, or (E, R, C, D)."""
-    p, _ = probabilities(head)
-    return _product(head, p, vectors)
-
-
-def hgp(head: Head, targets: Tensor) -> Tensor:
-    """H_e g_e, (E, C, D)."""
-    p, _ = probabilities(head)
-    slope = mean_outer(p - targets, head.features, head.bias is not None, head.segments)
-    return _product(head, p, slope[:, None])[:, 0]
-
-
-def _product(head: Head, p: Tensor, vectors: Tensor) -> Tensor:
-    bias, (runs, classes) = head.bias is not None, vectors.shape[-3:-1]
+    p, _ = probabilities(batch.logits)
+    bias, (runs, classes) = batch.ones, vectors.shape[-3:-1]
     flat = vectors.flatten(-3, -2)
     if vectors.dim() == 3:
-        u = outputs(head.features, flat, bias)
+        u = outputs(batch.features, flat, bias)
     else:
-        u = outputs_per_domain(head.features, flat, bias, head.segments)
+        u = outputs_per_domain(batch.features, flat, bias, batch.segments)
     u, p = u.unflatten(-1, (runs, classes)), p[:, None]
     t = p * (u - (p * u).sum(-1, keepdim=True))
-    result = mean_outer(t.flatten(1), head.features, bias, head.segments)
+    result = mean_outer(t.flatten(1), batch.features, bias, batch.segments)
     return result.unflatten(1, (runs, classes))
 
 
-def squared_distance(head: Head) -> Tensor:
+def squared_distance(batch: Batch) -> Tensor:
     """``|H_e - H_f|_F^2`` for all pairs of domains, (E, E), from the N x N inner products.
 
     <A (x) xx^T, B (x) yy^T> = <A, B> (x.y)^2 with A = diag p - pp^T, and <A, B> is the sum of
     products of diagonals, p (1-p) q (1-q), and of the other entries, (p.q)^2 - p^2 . q^2.
     """
-    p, rest = probabilities(head)
+    p, rest = probabilities(batch.logits)
     spread, squares = p * rest, p * p
-    inner = head.features @ head.features.mT
-    if head.bias is not None:
+    inner = batch.features @ batch.features.mT
+    if batch.ones:
         inner = inner + 1.0
     diagonals = torch.cat((spread, squares), 1) @ torch.cat((spread, -squares), 1).mT
     classes = diagonals + (p @ p.mT).square()
-    return distances(pair_means(inner.square() * classes, head.segments))
+    return distances(pair_means(inner.square() * classes, batch.segments))
 
 
 def pair_means(pairs: Tensor, segments: Segments) -> Tensor:

@@ -293,20 +293,19 @@ def _raw_calls(kind: str) -> Callable[[str], tuple[RawCall, ...]]:
             if product:
                 v = torch.randn(2, 3, 5, generator=generator).requires_grad_(grad)
                 u = torch.randn(5, 3, generator=generator)
-            x, w, b = (tensors[n].requires_grad_(grad) for n in ("features", "weight", "bias"))
+            x = tensors["features"].requires_grad_(grad)
+            z = torch.randn(5, 3, generator=generator).requires_grad_(grad)
             label = "with gradients" if grad else "plain"
-            both = (x, w, b, targets, v, [0, 3, 5])
+            both = (x, z, targets, v, [0, 3, 5], True)
             found.append(RawCall(f"forward, {label}", ops.head_forward, both))
             if not product:
-                alone = (x, w, None, targets, None, [0, 5])
+                alone = (x, z, targets, None, [0, 5], False)
                 found.append(RawCall(f"no bias, {label}", ops.head_forward, alone))
             if not grad:
-                p = torch.rand(5, 3, generator=generator)
-                cotangent = torch.randn(2, 3, 5, generator=generator)
-                whole = (cotangent, p, 1 - p, u, *both)
+                whole = (torch.randn(2, 3, 5, generator=generator), u, *both)
                 found += [
-                    RawCall("backward", ops.head_backward, (*whole, True, True, True)),
-                    RawCall("backward, head", ops.head_backward, (*whole, False, True, False)),
+                    RawCall("backward", ops.head_backward, (*whole, True, True)),
+                    RawCall("backward, logits", ops.head_backward, (*whole, False, False)),
                 ]
         return tuple(found)
 
