@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -152,8 +152,11 @@ class Gate:
                     f"units of {unit:.3g}: nothing can be judged by it"
                 )
 
-    def judge(self, outputs: Outputs) -> Verdict:
-        """Compare one candidate's outputs with the oracle."""
+    def judge(self, outputs: Outputs, *, slack: float = 0.0) -> Verdict:
+        """Compare one candidate's outputs with the oracle.
+
+        ``slack``, as a part of the largest value of an output, is for random estimates.
+        """
         outputs = tuple(tensor.detach() for tensor in outputs)
         if len(outputs) != len(self._shapes):
             return _refuse(f"returned {len(outputs)} outputs, expected {len(self._shapes)}")
@@ -174,6 +177,9 @@ class Gate:
                 units=UNITS[self._mode],
                 terms=self._terms,
             )
+            if slack > 0.0 and verdict.note == "":
+                limit = max(verdict.limit, slack * magnitude(self._truth[index]))
+                verdict = replace(verdict, limit=limit)
             if not verdict.ok:
                 return Verdict(
                     False, verdict.error, verdict.limit, f"wrong: output {index}, {verdict}"

@@ -142,7 +142,9 @@ def run_case(op: str, case: Case, target: Target, settings: Settings) -> dict[st
         rows = _collect(case, workload, setup, settings)
         for row in rows:
             if row.status == "ok":
-                _admit(row, gate)
+                peer = settings.registry.get(row.name) if row.role == "peer" else None
+                slack = 0.0 if peer is None else workload.estimates.get(peer.kind, 0.0)
+                _admit(row, gate, slack)
         _time(rows, settings)
         del gate
         if case.memory or settings.memory:
@@ -233,7 +235,7 @@ def _why_not(
     return None
 
 
-def _admit(row: Row, gate: Gate) -> None:
+def _admit(row: Row, gate: Gate, slack: float) -> None:
     """First call of a candidate: through the gate, or out."""
     start = time.monotonic()
     try:
@@ -248,7 +250,7 @@ def _admit(row: Row, gate: Gate) -> None:
             row.drop("failed", first_line(error))
         return
     row.prepare_seconds = time.monotonic() - start
-    verdict = gate.judge(outputs)
+    verdict = gate.judge(outputs, slack=slack)
     row.error, row.tolerance = verdict.error, verdict.tolerance
     if not verdict.passed:
         row.drop("failed", verdict.reason)

@@ -101,6 +101,11 @@ def _under_transform() -> bool:
 _under_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def transformed() -> bool:
+    """Whether forward mode or a ``torch.func`` transform is active."""
+    return _under_transform() or forward_ad._current_level >= 0
+
+
 def needs_derivative(tensors: Tensors) -> bool:
     """Whether reverse mode, forward mode or a ``torch.func`` transform watches any of these.
 
@@ -108,7 +113,7 @@ def needs_derivative(tensors: Tensors) -> bool:
         NotImplementedError: forward mode or a transform inside ``torch.compile``, where a custom op
             would return a zero derivative without an error.
     """
-    watched = _under_transform() or forward_ad._current_level >= 0
+    watched = transformed()
     if watched and torch.compiler.is_compiling():
         raise NotImplementedError(
             "transfuse ops do not support torch.func transforms or forward-mode AD inside "

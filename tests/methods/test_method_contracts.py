@@ -256,7 +256,59 @@ def test_procedures_are_reproducible_and_leave_the_global_generator(slug):
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
+def _domain_penalty(dtype, options):
+    generator = torch.Generator().manual_seed(0)
+    head = torch.nn.Linear(6, 3)
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(3, 6, generator=generator))
+        head.bias.zero_()
+    x = torch.randn(9, 6, generator=generator).to(dtype).requires_grad_()
+    loss = methods.get("hessian_alignment")(**options)
+    head = head.to(dtype)
+    labels = torch.arange(9) % 3
+    return loss, lambda: loss(head, x, labels, segments=[0, 4, 9]), [x, *head.parameters()]
+
+
+# slug -> (options that make it draw numbers, (dtype, options) -> (loss, call, tensors a gradient
+# must reach))
+LOSSES = {"hessian_alignment": ({"method": "hutchinson", "probes": 3}, _domain_penalty)}
+
+
+@pytest.mark.parametrize("slug", methods.list(kind="loss"))
+class TestLoss:
+    """Built with defaults, described, differentiated, seeded, stored."""
+
+    def test_defaults_build_and_describe_themselves(self, slug):
+        loss = methods.get(slug)()
+        assert isinstance(loss, torch.nn.Module)
+        assert type(loss).__name__ in repr(loss)
+        assert list(loss.parameters()) == []
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_gradients_reach_inputs(self, slug, dtype):
+        _, call, tensors = LOSSES[slug][1](dtype, {})
+        value = call()
+        assert value.dim() == 0
+        assert value.isfinite()
+        value.backward()
+        for tensor in tensors:
+            assert tensor.grad.dtype == dtype
+            assert tensor.grad.isfinite().all()
+            assert tensor.grad.abs().sum() > 0
+
+    def test_seeded_and_stored(self, slug):
+        options, build = LOSSES[slug]
+        _, call, _ = build(torch.float32, options)
+        stored, again, _ = build(torch.float32, options)
+        resumed, go_on, _ = build(torch.float32, options)
+        before = torch.random.get_rng_state()
+        assert torch.equal(call(), again())
+        resumed.load_state_dict(stored.state_dict())
+        assert torch.equal(call(), go_on())
+        assert torch.equal(torch.random.get_rng_state(), before)
+
+
 def test_every_kind_in_use_has_a_contract():
-    tested = {"patch", "layer", "guidance", "procedure", "optimizer"}
+    tested = {"patch", "layer", "guidance", "procedure", "optimizer", "loss"}
     used = {methods.card(slug).kind for slug in methods.list()}
     assert used <= tested, f"write the contract test of: {sorted(used - tested)}"

@@ -8,6 +8,7 @@
 
 #include "attention_selftest.h"
 #include "check.h"
+#include "head_curvature_selftest.h"
 #include "mix_selftest.h"
 #include "nes_selftest.h"
 #include "patch_gram_selftest.h"
@@ -35,6 +36,7 @@ int run(int argc, char** argv) {
   std::printf("transfuse_selftest at %s\n", transfuse::isa_name(transfuse::isa_in_use()));
   selftest::attention_selftest(cases);
   selftest::window_selftest(4 * cases);
+  selftest::head_curvature_selftest();
   selftest::mix_selftest(cases);
   selftest::nes_selftest();
   selftest::patch_gram_selftest(cases);

@@ -351,13 +351,15 @@ def _ways(j: Judge) -> dict[str, Callable[[Tensors], Sequence[Tensor]]]:
     }
 
 
-def _unlike(j: Judge, way: str, results: Sequence[Tensor], plain: Sequence[Tensor]) -> list[str]:
+def _unlike(
+    j: Judge, way: str, results: Sequence[Tensor], plain: Sequence[Tensor], units: float = 0.0
+) -> list[str]:
     """What differs from the same call on contiguous tensors by more than rounding."""
     return oracle.compare_all(
         results,
         [t.double() for t in plain],
         None,
-        units=VALUE_UNITS if way == "value" else GRADIENT_UNITS,
+        units=max(units, VALUE_UNITS if way == "value" else GRADIENT_UNITS),
         terms=oracle.magnitude(*plain),
         names=[f"{way} {i}" for i in range(len(plain))],
         dtype=j.dtype,
@@ -393,7 +395,9 @@ def test_nothing_outside_is_read(
     for kind in inputs.FRAMES:
         framed = {name: inputs.framed(tensor, kind) for name, tensor in j.tensors.items()}
         for way, compute in _ways(j).items():
-            found = _unlike(j, way, compute(framed), plain[way])
+            # Torch's matrix products add in another order where memory is aligned otherwise.
+            units = SECOND_UNITS if way in spec.varying else 0.0
+            found = _unlike(j, way, compute(framed), plain[way], units)
             problems += [f"{kind}: {problem}" for problem in found]
     assert_none(problems)
 
@@ -416,9 +420,9 @@ def test_same_bits_every_time(
 ) -> None:
     """Across runs, and across numbers of threads on the CPU."""
     j = judge(spec, case, dtype, backend, device_for(spec, backend, dtype))
-    for compute in _ways(j).values():
+    for way, compute in _ways(j).items():
         results = []
-        for threads in (1, 2, 2):
+        for threads in (2, 2) if way in spec.varying else (1, 2, 2):
             torch.set_num_threads(threads)
             results.append(compute(j.tensors))
         for other in results[1:]:

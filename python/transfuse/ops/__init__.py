@@ -20,6 +20,15 @@ from transfuse.ops.cfg_step import (
     cfg_step_with_cosine,
     cfg_step_with_original,
 )
+from transfuse.ops.head_curvature import (
+    head_gradient,
+    head_hessian_diagonal,
+    head_hessian_product,
+    head_hessian_trace,
+    head_hgp,
+)
+from transfuse.ops.head_hessian_distance import head_hessian_distance
+from transfuse.ops.head_hutchinson_diagonal import head_hutchinson_diagonal
 from transfuse.ops.lora import lora_conv2d, lora_linear
 from transfuse.ops.nes import nes_gradient, nes_perturb
 from transfuse.ops.noise_mix import NoisyVelocity, noise_mix, noise_mix_with_velocity
@@ -56,6 +65,13 @@ __all__ = [
     "cfg_step_with_cosine",
     "cfg_step_with_original",
     "compose_plans",
+    "head_gradient",
+    "head_hessian_diagonal",
+    "head_hessian_distance",
+    "head_hessian_product",
+    "head_hessian_trace",
+    "head_hgp",
+    "head_hutchinson_diagonal",
     "lora_conv2d",
     "lora_linear",
     "match_tokens",

@@ -119,6 +119,8 @@ class OpSpec:
         fuzz: ``fuzz(choose)`` returns a random case; ``choose(options)`` picks one of a sequence.
         raw_calls: ``raw_calls(backend)`` gives sample calls of the registered private ops behind a
             backend.
+        varying: what may have other bits with another number of threads, as ``"tangent"`` or
+            ``"second gradient"``: derivatives composed of torch's matrix products.
         declared_as: name of the op whose backends it uses; None: its own, or none at all if it
             is composed of other operations.
     """
@@ -137,6 +139,7 @@ class OpSpec:
     vanishing: frozenset[str] = frozenset()
     fuzz: Callable[[Callable[[Sequence[object]], object]], Case] | None = None
     raw_calls: Callable[[str], tuple[RawCall, ...]] | None = None
+    varying: frozenset[str] = frozenset()
     declared_as: str | None = None
 
     def __post_init__(self) -> None:
