@@ -20,9 +20,13 @@ from transfuse.ops.cfg_step import (
     cfg_step_with_cosine,
     cfg_step_with_original,
 )
+from transfuse.ops.eigen import EigenPairs, Lanczos, lanczos, lanczos_eigenpairs, power_iteration
+from transfuse.ops.hessian_operator import HessianOperator
 from transfuse.ops.lora import lora_conv2d, lora_linear
+from transfuse.ops.low_rank_trace import hutchpp_trace, xtrace
 from transfuse.ops.nes import nes_gradient, nes_perturb
 from transfuse.ops.noise_mix import NoisyVelocity, noise_mix, noise_mix_with_velocity
+from transfuse.ops.spectral_density import SpectralDensity, spectral_density
 from transfuse.ops.token_merging import (
     MergePlan,
     Nearest,
@@ -32,6 +36,12 @@ from transfuse.ops.token_merging import (
     nearest_tokens,
     push_tokens,
     unmerge_tokens,
+)
+from transfuse.ops.trace_estimators import (
+    DiagonalEstimate,
+    Estimate,
+    hutchinson_diagonal,
+    hutchinson_trace,
 )
 from transfuse.ops.window_attention import window_attention, window_partition, window_reverse
 
@@ -43,11 +53,17 @@ __all__ = [
     "Blend",
     "CFGCosines",
     "CFGOriginal",
+    "DiagonalEstimate",
+    "EigenPairs",
+    "Estimate",
     "Euler",
+    "HessianOperator",
+    "Lanczos",
     "MergePlan",
     "Nearest",
     "NoisyVelocity",
     "Predict",
+    "SpectralDensity",
     "adain",
     "attend",
     "attend_with_lse",
@@ -55,6 +71,11 @@ __all__ = [
     "cfg_step_with_cosine",
     "cfg_step_with_original",
     "compose_plans",
+    "hutchinson_diagonal",
+    "hutchinson_trace",
+    "hutchpp_trace",
+    "lanczos",
+    "lanczos_eigenpairs",
     "lora_conv2d",
     "lora_linear",
     "match_tokens",
@@ -65,9 +86,12 @@ __all__ = [
     "nes_perturb",
     "noise_mix",
     "noise_mix_with_velocity",
+    "power_iteration",
     "push_tokens",
+    "spectral_density",
     "unmerge_tokens",
     "window_attention",
     "window_partition",
     "window_reverse",
+    "xtrace",
 ]

@@ -1,0 +1,62 @@
+"""Random probe vectors made from a counter: probe i of a seed is the same alone and in any chunk.
+
+Rademacher signs are the bits of Philox 4x32-10 with counter (block, i) and the seed as key; normal
+numbers are the noise of :func:`nes_perturb`. Both depend on (seed, i, place) alone, not on the
+device, the number of threads, or the processes of a group.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from transfuse import _checks
+from transfuse.ops import _nes_reference
+from transfuse.ops.nes import nes_perturb
+
+DISTRIBUTIONS = {"rademacher": 0, "normal": 1}
+_BLOCK = 128  # signs from one Philox block
+
+
+def make_probes(
+    count: int,
+    size: int,
+    *,
+    start: int,
+    seed: int,
+    distribution: str,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """Probes start .. start + count - 1 as rows (count, size)."""
+    probes = torch.empty((count, size), dtype=dtype, device=device)
+    make = _rademacher if distribution == "rademacher" else _normal
+    for row in range(count):
+        probes[row] = make(seed, start + row, size, dtype, device)
+    return probes
+
+
+def check_seed(seed: object) -> int:
+    """A 64-bit integer."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed: expected an integer, got {_checks.describe(seed)}")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed: expected a 64-bit integer, got {seed}")
+    return seed
+
+
+def _rademacher(
+    seed: int, probe: int, size: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    blocks = torch.arange(-(-size // _BLOCK), dtype=torch.int64, device=device)
+    words = torch.stack(_nes_reference.philox(seed, probe, blocks), dim=1)
+    octets = torch.stack([words >> shift & 0xFF for shift in (0, 8, 16, 24)], dim=-1)
+    bits = torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device) & 1
+    table = (2 * bits - 1).to(dtype)
+    return table[octets.view(-1)].view(-1)[:size]
+
+
+def _normal(seed: int, probe: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # In float64 from the definition itself, which rounds to the same float32 everywhere.
+    zeros = torch.zeros(size, dtype=torch.promote_types(dtype, torch.float32), device=device)
+    return nes_perturb(zeros, 1, sigma=1.0, seed=seed, start=probe)[0].to(dtype)
