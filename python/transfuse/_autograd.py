@@ -67,6 +67,9 @@ def function(rule: Differentiable) -> Callable[[Any, Tensors], tuple[Tensor, ...
         def backward(ctx, *grads):
             if rule.vjp is None:
                 raise NotImplementedError(_unsupported(rule.name, "reverse"))
+            # Nothing arrived: torch still visits the node on the way to what lies behind it.
+            if all(grad is None for grad in grads):
+                return (None,) * (1 + ctx.count)
             saved = ctx.saved_tensors
             tensors, outputs = saved[: ctx.count], saved[ctx.count :]
             needs = ctx.needs_input_grad[1:]

@@ -21,6 +21,7 @@ from transfuse.ops.cfg_step import (
     cfg_step_with_original,
 )
 from transfuse.ops.eigen import EigenPairs, Lanczos, lanczos, lanczos_eigenpairs, power_iteration
+from transfuse.ops.ggn_operator import GGNOperator
 from transfuse.ops.hessian_operator import HessianOperator
 from transfuse.ops.lora import lora_conv2d, lora_linear
 from transfuse.ops.low_rank_trace import hutchpp_trace, xtrace
@@ -57,6 +58,7 @@ __all__ = [
     "EigenPairs",
     "Estimate",
     "Euler",
+    "GGNOperator",
     "HessianOperator",
     "Lanczos",
     "MergePlan",

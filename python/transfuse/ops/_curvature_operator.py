@@ -8,7 +8,7 @@ are kept while they fit, and shards of several processes are summed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -164,13 +164,44 @@ class CurvatureOperator:
     def _products(self, rows: Rows) -> Rows:
         """Rows (K, P) times the matrix, in the accumulation dtype."""
         total = torch.zeros(rows.shape, dtype=_accumulator(self.dtype), device=self.device)
+        pieces = [self._space.pieces(row) for row in rows]
+        sums = [self._space.pieces(row) for row in total]
+
+        def add(linearisation: Linearisation, index: int, size: int) -> None:
+            linearisation.add_product(pieces[index], sums[index], weight=size)
+
+        return self._mean(rows, total, add)
+
+    def quadratic_forms(self, vectors: Vectors) -> Tensor:
+        """v^T A v for one or several vectors, cheaper than the products A v.
+
+        Args:
+            vectors: in any form that ``@`` takes.
+
+        Returns:
+            () for one vector, (K,) for several; float64.
+        """
+        rows, _ = self._space.rows(vectors)
+        total = torch.zeros(rows.shape[0], dtype=torch.float64, device=self.device)
+        pieces = [self._space.pieces(row) for row in rows]
+
+        def add(linearisation: Linearisation, index: int, size: int) -> None:
+            total[index] += size * linearisation.form(pieces[index])
+
+        self._mean(rows, total, add)
+        return total[0] if self._space.single(vectors) else total
+
+    def _mean(
+        self, rows: Rows, total: Tensor, add: Callable[[Linearisation, int, int], None]
+    ) -> Tensor:
+        """``total`` after adding every batch for every row, over all processes, per sample."""
         if self._group is None:
-            count = self._add_local(rows, total)
+            count = self._add_local(rows.shape[0], add)
         else:
             failure: Exception | None = None
             count = 0
             try:
-                count = self._add_local(rows, total)
+                count = self._add_local(rows.shape[0], add)
             except Exception as error:
                 # The other processes must hear of it, or they would wait for this one.
                 failure = error
@@ -188,20 +219,15 @@ class CurvatureOperator:
             )
         return total
 
-    def _add_local(self, rows: Rows, total: Rows) -> int:
-        """Adds size x product of every batch of this process; the number of samples."""
-        pieces = [self._space.pieces(row) for row in rows]
-        sums = [self._space.pieces(row) for row in total]
-        batches = self._batches
-        length = len(batches) if hasattr(batches, "__len__") else None
-        vectors = rows.shape[0]
-        report = reporter(
-            self._progress, type(self).__name__, None if length is None else length * vectors
-        )
+    def _add_local(self, vectors: int, add: Callable[[Linearisation, int, int], None]) -> int:
+        """Adds every batch of this process; the number of samples."""
+        length = len(self._batches) if isinstance(self._batches, Sized) else None
+        steps = None if length is None else length * vectors
+        report = reporter(self._progress, type(self).__name__, steps)
         count = done = 0
         for linearisation, size in self._linearised():
-            for piece, into in zip(pieces, sums, strict=True):
-                linearisation.add_product(piece, into, weight=size)
+            for index in range(vectors):
+                add(linearisation, index, size)
                 done += 1
                 report(done)
             count += size
@@ -278,7 +304,9 @@ class CurvatureOperator:
             raise ValueError(f"size_of: expected an integer of at least 0, got {size!r}")
         return size
 
-    def _sum_processes(self, rows: Rows, total: Rows, count: int, failure: Exception | None) -> int:
+    def _sum_processes(
+        self, rows: Rows, total: Tensor, count: int, failure: Exception | None
+    ) -> int:
         """Sums products and numbers of samples over the group; agrees on failure first."""
         from torch import distributed
 

@@ -33,6 +33,9 @@ class Linearisation(Protocol):
     ) -> None:
         """Adds weight x matrix x vector to ``into``; both have one tensor for each parameter."""
 
+    def form(self, vector: Sequence[Tensor]) -> Tensor:
+        """vector^T matrix vector, a float64 0-dim tensor."""
+
 
 def make_leaves(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The parameters as leaves of a new graph, sharing their memory."""

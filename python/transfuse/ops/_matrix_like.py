@@ -37,6 +37,14 @@ class Matrix(NamedTuple):
             )
         return result.mT
 
+    def forms(self, rows: Tensor) -> list[float]:
+        """z^T A z for every row z; from products where the operator has no cheaper way."""
+        quadratic = getattr(self.operator, "quadratic_forms", None)
+        if quadratic is not None:
+            return quadratic(rows.mT).tolist()
+        pairs = zip(rows, self.products(rows), strict=True)
+        return [float(z.double() @ product.double()) for z, product in pairs]
+
     def product(self, vector: Tensor) -> Tensor:
         """The matrix times one vector (P,)."""
         return self.products(vector[None])[0]

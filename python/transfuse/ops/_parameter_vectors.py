@@ -58,6 +58,14 @@ class ParameterSpace:
         parts = row.split(self.sizes)
         return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
+    def single(self, vectors: Vectors) -> bool:
+        """Whether an accepted form holds one vector, without a dimension that counts them."""
+        if isinstance(vectors, Tensor):
+            return vectors.dim() == 1
+        if isinstance(vectors, Mapping):
+            return vectors[self.names[0]].dim() == len(self.shapes[0])
+        return vectors[0].dim() == len(self.shapes[0])
+
     def rows(self, vectors: Vectors) -> tuple[Rows, Callable[[Rows], Vectors]]:
         """Any accepted form as rows (K, P), and the way back to that form and its dtype.
 
@@ -123,7 +131,7 @@ class ParameterSpace:
         labels = [f"vectors[{key!r}]" for key in keys]
         vectors = [self._check(label, v) for label, v in zip(labels, vectors, strict=True)]
         # A trailing dimension, in all of them or in none, counts vectors.
-        single = vectors[0].dim() == len(self.shapes[0])
+        single = self.single(vectors)
         count = 1 if single else vectors[0].shape[-1] if vectors[0].dim() > 0 else 0
         for label, value, shape in zip(labels, vectors, self.shapes, strict=True):
             expected = tuple(shape) if single else (*shape, count)

@@ -81,7 +81,7 @@ def hutchpp_trace(
     # Twice, against cancellation.
     for _ in range(2):
         rest = rest - (rest @ basis.mT) @ basis
-    mean, stderr = mean_and_error(_dots(rest, matrix.products(rest)))
+    mean, stderr = mean_and_error(matrix.forms(rest))
     report(3 * each)
     return Estimate(head + mean, 0.0 if each == matrix.size else stderr, each)
 

@@ -69,7 +69,8 @@ def hutchinson_trace(
     Notes:
         Unbiased. The variance of one form is :math:`2 (\|A\|_F^2 - \sum_i a_{ii}^2)` for signs and
         :math:`2 \|A\|_F^2` for normal numbers. Probes are made from a counter in chunks and never
-        stored together; sums are float64. Stopping early by ``tol`` favours probes that agree by
+        stored together; sums are float64. A :class:`HessianOperator` gives its quadratic forms for
+        about half of its products. Stopping early by ``tol`` favours probes that agree by
         chance, which the standard error does not know of.
 
     Reference:
@@ -85,9 +86,8 @@ def hutchinson_trace(
     matrix = as_matrix(operator)
     forms: list[float] = []
 
-    def use(rows: Tensor, products: Tensor) -> bool:
-        for z, product in zip(rows, products, strict=True):
-            forms.append(float(z.double() @ product.double()))
+    def use(rows: Tensor) -> bool:
+        forms.extend(matrix.forms(rows))
         mean, stderr = mean_and_error(forms)
         return tol is not None and len(forms) >= _LEAST_PROBES and stderr <= tol * abs(mean)
 
@@ -147,9 +147,9 @@ def hutchinson_diagonal(
             return torch.full_like(mean, math.inf)
         return (squares / (count * (count - 1))).sqrt()
 
-    def use(rows: Tensor, products: Tensor) -> bool:
+    def use(rows: Tensor) -> bool:
         nonlocal count
-        for z, product in zip(rows, products, strict=True):
+        for z, product in zip(rows, matrix.products(rows), strict=True):
             count += 1
             term = z * product
             gap = term - mean
@@ -164,7 +164,7 @@ def hutchinson_diagonal(
 
 
 def _run(matrix: Matrix, probes, distribution, seed, tol, progress, task, use) -> int:
-    """Chunks of probes and their products to ``use`` until it says stop; the number used."""
+    """Chunks of probes to ``use`` until it says stop; the number used."""
     probes, seed = _checks.positive_int("probes", probes), check_seed(seed)
     if distribution is None:
         raise ValueError("distribution: expected 'rademacher' or 'normal', got None")
@@ -187,7 +187,7 @@ def _run(matrix: Matrix, probes, distribution, seed, tol, progress, task, use) -
             dtype=matrix.dtype,
             device=matrix.device,
         )
-        stop = use(rows, matrix.products(rows))
+        stop = use(rows)
         done += rows.shape[0]
         report(done)
         if stop:
