@@ -3,10 +3,11 @@ while a loss is differentiated.
 
 A layer y = B(x, W) + b is bilinear in input and weight; so is batch normalisation by fixed
 statistics. Its second derivative is written with the
-layer's own fast products (torch decomposes that of a convolution), and knows two kinds of passes
+layer's own fast products (torch decomposes that of a convolution), and knows three kinds of passes
 through the graph of a gradient:
 
 - of a product H v: every cotangent is passed on;
+- of tangents alone, J v: only those of activations are;
 - of a quadratic form v^T H v: with tangents x', W' = v, y' = B(x', W) + B(x, W') + b' of all
   activations along v,
 
@@ -24,7 +25,7 @@ place it stops at.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,18 +33,19 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 aten = torch.ops.aten
+Kind = Literal["product", "tangent", "form"]
 
 
 class Passes:
     """What the layers of one graph share: the kind of the pass now under way, and its sum."""
 
     def __init__(self) -> None:
-        self.quadratic = False
+        self.kind: Kind = "product"
         self.number = 0
         self.total: Tensor | None = None
 
-    def begin(self, *, quadratic: bool) -> None:
-        self.quadratic = quadratic
+    def begin(self, kind: Kind) -> None:
+        self.kind = kind
         self.number += 1
         self.total = None
 
@@ -87,7 +89,7 @@ class _Bilinear(torch.autograd.Function):
         if torch.is_grad_enabled():
             x, weight = ctx.saved_tensors
             return (None, *_BilinearBackward.apply(site, needs, grad, x, weight))
-        if site.passes.quadratic:
+        if site.passes.kind == "form":
             tangent = site.tangent
             site.tangent = None
             if tangent is not None and tangent[0] == site.passes.number:
@@ -118,12 +120,12 @@ class _BilinearBackward(torch.autograd.Function):
             shape = [1 if axis in axes else n for axis, n in enumerate(grad.shape)]
             tangent = bias_t.view(shape).expand_as(grad)
         cot_x = cot_weight = None
-        if site.passes.quadratic:
+        if site.passes.kind == "form":
             if tangent is not None:
                 site.tangent = (site.passes.number, tangent)
             if x_t is not None and weight_t is not None:
                 site.passes.add(grad, layer.apply(x_t, weight_t, None), 2.0)
-        else:
+        elif site.passes.kind == "product":
             if weight_t is not None and ctx.needs_input_grad[3]:
                 cot_x = layer.to_input(grad, x, weight_t)
             if x_t is not None and ctx.needs_input_grad[4]:

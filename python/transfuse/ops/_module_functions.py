@@ -84,7 +84,7 @@ def functional_model(
             raise TypeError(
                 f"batches: expected pairs (inputs, targets), got {_checks.describe(batch)}"
             )
-        inputs, targets = _moved(batch[0], device), _moved(batch[1], device)
+        inputs, targets = moved(batch[0], device), moved(batch[1], device)
         if isinstance(inputs, Mapping):
             outputs = torch.func.functional_call(model, point, (), dict(inputs))
         else:
@@ -95,11 +95,12 @@ def functional_model(
     return call
 
 
-def _moved(value: Any, device: torch.device) -> Any:
+def moved(value: Any, device: torch.device) -> Any:
+    """Nested tensors on another device; other things as they are."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, Mapping):
-        return {key: _moved(entry, device) for key, entry in value.items()}
+        return {key: moved(entry, device) for key, entry in value.items()}
     if isinstance(value, (tuple, list)):
-        return tuple(_moved(entry, device) for entry in value)
+        return tuple(moved(entry, device) for entry in value)
     return value

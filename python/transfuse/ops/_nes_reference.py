@@ -18,10 +18,10 @@ _LOW = 0xFFFFFFFF
 _GROUP = 64
 
 
-def philox(seed: int, sample: int, blocks: Tensor) -> list[Tensor]:
-    """The four words, as int64, of each block of a sample."""
-    c = [blocks & _LOW, blocks >> 32 & _LOW, torch.full_like(blocks, sample & _LOW)]
-    c.append(torch.full_like(blocks, sample >> 32 & _LOW))
+def philox(seed: int, sample: int | Tensor, blocks: Tensor) -> list[Tensor]:
+    """The four words, as int64, of each block of a sample, or of several that broadcast."""
+    zeros = torch.zeros_like(blocks)
+    c = [blocks & _LOW, blocks >> 32 & _LOW, zeros + (sample & _LOW), zeros + (sample >> 32 & _LOW)]
     low, high = seed & _LOW, seed >> 32 & _LOW
     for _ in range(10):
         # The product of two 32-bit numbers wraps around in int64; its bits are the right ones.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from transfuse import _checks
 from transfuse.ops._linearisation import explained
+from transfuse.ops._module_functions import moved
 
 Product = Callable[[Tensor], Tensor]
 CLOSED_FORMS = ("ce", "mse", "bce")
@@ -22,21 +23,34 @@ OutputLoss = str | Callable[[Tensor, Any], Tensor]
 
 def output_hessian(loss: OutputLoss, outputs: Tensor, batch: Any) -> Product:
     """``u -> H u`` at detached outputs, for a named loss or any ``(outputs, batch) -> mean``."""
-    if isinstance(loss, str):
-        return {"ce": _cross_entropy, "mse": _squared, "bce": _binary}[loss](outputs)
-    return _any_loss(loss, outputs, batch)
+    name = loss.closed_form(outputs, batch) if isinstance(loss, ModuleLoss) else loss
+    if isinstance(name, str):
+        return {"ce": _cross_entropy, "mse": _squared, "bce": _binary}[name](outputs)
+    return _any_loss(loss, outputs, batch)  # type: ignore[arg-type]
 
 
-def name_of(loss: object) -> str | None:
-    """The name of a loss module that one of the closed forms is for."""
-    if type(loss) is nn.CrossEntropyLoss and loss.reduction == "mean":
-        plain = loss.weight is None and loss.label_smoothing == 0.0
-        return "ce" if plain and loss.ignore_index < 0 else None
-    if type(loss) is nn.MSELoss and loss.reduction == "mean":
-        return "mse"
-    if type(loss) is nn.BCEWithLogitsLoss and loss.reduction == "mean":
-        return "bce" if loss.weight is None and loss.pos_weight is None else None
-    return None
+class ModuleLoss:
+    """A loss of outputs and targets as one of outputs and a batch (inputs, targets)."""
+
+    def __init__(self, loss: Callable[[Any, Any], Tensor]) -> None:
+        self._loss = loss
+
+    def __call__(self, outputs: Tensor, batch: Any) -> Tensor:
+        return self._loss(outputs, moved(batch[1], outputs.device))
+
+    def closed_form(self, outputs: Tensor, batch: Any) -> str | None:
+        """The name of the closed form that holds for a batch, if there is one."""
+        loss, targets = self._loss, batch[1]
+        if type(loss) is nn.CrossEntropyLoss and loss.reduction == "mean":
+            if loss.weight is not None or loss.label_smoothing != 0.0:
+                return None
+            return None if bool((targets == loss.ignore_index).any()) else "ce"
+        if type(loss) is nn.MSELoss and loss.reduction == "mean":
+            # Torch would broadcast, and average over more entries than the outputs have.
+            return "mse" if targets.shape == outputs.shape else None
+        if type(loss) is nn.BCEWithLogitsLoss and loss.reduction == "mean":
+            return "bce" if loss.weight is None and loss.pos_weight is None else None
+        return None
 
 
 def _wide(outputs: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from transfuse.ops.nes import nes_perturb
 
 DISTRIBUTIONS = {"rademacher": 0, "normal": 1}
 _BLOCK = 128  # signs from one Philox block
+_TOGETHER = 2**20  # numbers
 
 
 def make_probes(
@@ -30,9 +31,14 @@ def make_probes(
 ) -> Tensor:
     """Probes start .. start + count - 1 as rows (count, size)."""
     probes = torch.empty((count, size), dtype=dtype, device=device)
-    make = _rademacher if distribution == "rademacher" else _normal
-    for row in range(count):
-        probes[row] = make(seed, start + row, size, dtype, device)
+    # Many short probes at once, long ones one by one.
+    step = max(1, _TOGETHER // max(size, 1))
+    for first in range(0, count, step):
+        rows = probes[first : first + step]
+        if distribution == "rademacher":
+            _rademacher_(rows, seed, start + first)
+        else:
+            _normal_(rows, seed, start + first)
     return probes
 
 
@@ -45,18 +51,19 @@ def check_seed(seed: object) -> int:
     return seed
 
 
-def _rademacher(
-    seed: int, probe: int, size: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
+def _rademacher_(rows: Tensor, seed: int, start: int) -> None:
+    count, size = rows.shape
+    device = rows.device
     blocks = torch.arange(-(-size // _BLOCK), dtype=torch.int64, device=device)
-    words = torch.stack(_nes_reference.philox(seed, probe, blocks), dim=1)
+    samples = torch.arange(start, start + count, dtype=torch.int64, device=device)[:, None]
+    words = torch.stack(_nes_reference.philox(seed, samples, blocks.expand(count, -1)), dim=-1)
     octets = torch.stack([words >> shift & 0xFF for shift in (0, 8, 16, 24)], dim=-1)
     bits = torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device) & 1
-    table = (2 * bits - 1).to(dtype)
-    return table[octets.view(-1)].view(-1)[:size]
+    table = (2 * bits - 1).to(rows.dtype)
+    rows.copy_(table[octets.reshape(-1)].view(count, -1)[:, :size])
 
 
-def _normal(seed: int, probe: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    # In float64 from the definition itself, which rounds to the same float32 everywhere.
-    zeros = torch.zeros(size, dtype=torch.promote_types(dtype, torch.float32), device=device)
-    return nes_perturb(zeros, 1, sigma=1.0, seed=seed, start=probe)[0].to(dtype)
+def _normal_(rows: Tensor, seed: int, start: int) -> None:
+    count, size = rows.shape
+    zeros = torch.zeros(size, dtype=rows.dtype, device=rows.device)
+    rows.copy_(nes_perturb(zeros, count, sigma=1.0, seed=seed, start=start)[:count])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,8 @@ from transfuse.ops._progress import Progress, reporter
 __all__ = ["EigenPairs", "Lanczos", "lanczos", "lanczos_eigenpairs", "power_iteration"]
 
 DEFAULT_MEMORY = 2**32
+# Tolerance for finding out on which side of zero the largest absolute value lies.
+_ROUGH = 0.05
 _WHICH = {"magnitude": 0, "algebraic": 1}
 
 
@@ -95,38 +98,71 @@ def power_iteration(
     for index in range(k):
         given = start if index == 0 else None
         vector = _start(matrix, given, seed, index, found)
-        shift, reversals = 0.0, 0
-        value, done, product = 0.0, False, vector
+        if given is not None and _norm(matrix.product(vector)) == 0.0:
+            raise ValueError(
+                "start: expected a vector with a product that is not zero, got one that the "
+                "operator maps to zero"
+            )
+        run = _Power(matrix, vector, found, report, used)
+        if which == "algebraic":
+            # Roughly the largest absolute value: where it is negative, it belongs to the lower end
+            # of the spectrum, which is moved up beyond zero.
+            run.go(iterations, max(tol, _ROUGH))
+            if run.value < 0:
+                run.restart(_start(matrix, None, seed, index + k, found), 1.1 * run.value)
+        run.go(iterations, tol)
+        used = run.matvecs
+        values.append(run.value)
+        residuals.append(run.residual)
+        converged.append(run.converged)
+        found.append(run.vector)
+    return EigenPairs(
+        torch.tensor(values, dtype=torch.float64, device=matrix.device),
+        torch.stack(found, dim=1),
+        torch.tensor(residuals, dtype=torch.float64, device=matrix.device),
+        torch.tensor(converged, device=matrix.device),
+        used,
+    )
+
+
+class _Power:
+    """Power iteration on A - shift I, in the complement of the vectors found."""
+
+    def __init__(
+        self,
+        matrix: Matrix,
+        vector: Tensor,
+        found: list[Tensor],
+        report: Callable[[int], None],
+        matvecs: int,
+    ) -> None:
+        self._matrix, self._found, self._report = matrix, found, report
+        self.vector, self._shift = vector, 0.0
+        self.value, self.residual = 0.0, math.inf
+        self.converged, self.matvecs = False, matvecs
+
+    def restart(self, vector: Tensor, shift: float) -> None:
+        self.vector, self._shift = vector, shift
+
+    def go(self, iterations: int, tol: float) -> None:
+        """Until the quotient moves by at most ``tol`` of itself; the vector is the one it is of."""
+        self.converged = False
         for step in range(iterations):
-            product = _orthogonal(matrix.product(vector), found)
-            used += 1
-            report(used)
-            new = _dot(vector, product)
-            done = step > 0 and abs(new - value) <= tol * abs(new)
-            value = new
-            moved = product - shift * vector if shift != 0.0 else product
+            product = _orthogonal(self._matrix.product(self.vector), self._found)
+            self.matvecs += 1
+            self._report(self.matvecs)
+            value = _dot(self.vector, product)
+            self.converged = step > 0 and abs(value - self.value) <= tol * abs(value)
+            self.value = value
+            self.residual = _norm(product - value * self.vector)
+            moved = product - self._shift * self.vector if self._shift != 0.0 else product
             norm = _norm(moved)
             if norm == 0.0:
-                if given is not None and step == 0 and shift == 0.0:
-                    raise ValueError(
-                        "start: expected a vector with a product that is not zero, got one that "
-                        "the operator maps to zero"
-                    )
-                done = True
-            if done and which == "algebraic" and shift == 0.0 and value < 0 and reversals == 0:
-                # The largest absolute value belongs to the lower end: move the spectrum up.
-                shift, reversals, done = 1.1 * value, 1, False
-                vector = _start(matrix, None, seed, index + k, found)
-                continue
-            if done:
-                break
-            vector = _orthogonal(moved / norm, found)
-            vector = vector / _norm(vector)
-        residuals.append(_norm(product - value * vector))
-        values.append(value)
-        converged.append(done)
-        found.append(vector)
-    return _pairs(matrix, values, torch.stack(found, dim=1), residuals, converged, used)
+                self.converged = True
+            if self.converged or step == iterations - 1:
+                return
+            vector = _orthogonal(moved / norm, self._found)
+            self.vector = vector / _norm(vector)
 
 
 def lanczos(
@@ -322,16 +358,6 @@ class Tridiagonal:
         alpha = torch.tensor(self.alpha, dtype=torch.float64)
         beta = torch.tensor(self.beta[: self.steps - 1], dtype=torch.float64)
         return torch.diag(alpha) + torch.diag(beta, 1) + torch.diag(beta, -1)
-
-
-def _pairs(matrix, values, vectors, residuals, converged, matvecs) -> EigenPairs:
-    return EigenPairs(
-        torch.tensor(values, dtype=torch.float64, device=matrix.device),
-        vectors,
-        torch.tensor(residuals, dtype=torch.float64, device=matrix.device),
-        torch.tensor(converged, device=matrix.device),
-        matvecs,
-    )
 
 
 def _start(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from transfuse import _checks
+from transfuse.ops._bilinear_layers import BilinearLayers, Passes
 from transfuse.ops._curvature_operator import DEFAULT_MEMORY, Batches, CurvatureOperator
 from transfuse.ops._linearisation import (
     Linearisation,
@@ -18,7 +19,7 @@ from transfuse.ops._linearisation import (
     make_leaves,
 )
 from transfuse.ops._module_functions import check_callable, functional_model, select_parameters
-from transfuse.ops._output_hessian import CLOSED_FORMS, OutputLoss, name_of, output_hessian
+from transfuse.ops._output_hessian import CLOSED_FORMS, ModuleLoss, OutputLoss, output_hessian
 from transfuse.ops._progress import Progress
 
 if TYPE_CHECKING:
@@ -56,8 +57,8 @@ class GGNOperator(CurvatureOperator):
 
     Notes:
         A product goes once through the graph of the vector-Jacobian product, for J v, and once back
-        through the model, about 4/3 of a gradient; a quadratic form needs only J v. Several vectors, half precision and processes
-        are as for :class:`HessianOperator`.
+        through the model, about 4/3 of a gradient; a quadratic form needs only J v. Several
+        vectors, half precision and processes are as for :class:`HessianOperator`.
 
     Reference:
         Schraudolph 2002, Fast curvature matrix-vector products for second-order gradient descent.
@@ -124,8 +125,8 @@ class GGNOperator(CurvatureOperator):
         Args:
             model, batches, params: as in :meth:`HessianOperator.from_module`.
             loss: a name, or a mean loss of outputs and targets. Plain ``nn.CrossEntropyLoss``,
-                ``nn.MSELoss`` and ``nn.BCEWithLogitsLoss`` take the closed form of their name; a
-                cross entropy with an ``ignore_index`` of a class does not.
+                ``nn.MSELoss`` and ``nn.BCEWithLogitsLoss`` take the closed form of their name, the
+                first where no target is its ``ignore_index``.
             size_of, group, memory, check, progress: as in the class.
 
         Raises:
@@ -140,21 +141,17 @@ class GGNOperator(CurvatureOperator):
         """
         chosen = select_parameters(model, params, check=check)
         call = functional_model(model, next(iter(chosen.values())).device)
-        known = loss if isinstance(loss, str) else name_of(loss)
-        if known is None:
+        if not isinstance(loss, str):
             check_callable("loss", loss)
 
         def model_fn(point: dict[str, Tensor], batch: Any) -> Tensor:
             return call(point, batch)[0]
 
-        def output_loss(outputs: Tensor, batch: Any) -> Tensor:
-            return loss(outputs, batch[1])  # type: ignore[operator]
-
         return cls(
             model_fn,
             chosen,
             batches,
-            output_loss if known is None else known,
+            loss if isinstance(loss, str) else ModuleLoss(loss),
             size_of=size_of,
             group=group,
             memory=memory,
@@ -186,8 +183,10 @@ class _Jacobian:
     ) -> None:
         leaves = make_leaves(params)
         self._inputs = list(leaves.values())
+        self._passes = Passes()
         with torch.enable_grad(), explained(), SavedBytes(self._inputs) as saved:
-            outputs = model_fn(leaves, batch)
+            with BilinearLayers(self._passes):
+                outputs = model_fn(leaves, batch)
             if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
                 raise ValueError(
                     f"model_fn: expected a floating tensor, got {_checks.describe(outputs)}"
@@ -210,11 +209,13 @@ class _Jacobian:
     def add_product(
         self, vector: Sequence[Tensor], into: Sequence[Tensor], *, weight: float
     ) -> None:
+        curved = self._product(self._push(vector))
+        self._passes.begin("product")
         with explained():
             products = torch.autograd.grad(
                 self._outputs,
                 self._inputs,
-                self._product(self._push(vector)),
+                curved,
                 retain_graph=True,
                 allow_unused=True,
             )
@@ -227,6 +228,7 @@ class _Jacobian:
 
     def _push(self, vector: Sequence[Tensor]) -> Tensor:
         """J v."""
+        self._passes.begin("tangent")
         with explained():
             return torch.autograd.grad(
                 [pulled for _, pulled in self._pulled],

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from transfuse import _checks
-from transfuse.ops._bilinear_layers import BilinearLayers, Passes
+from transfuse.ops._bilinear_layers import BilinearLayers, Kind, Passes
 from transfuse.ops._curvature_operator import DEFAULT_MEMORY, Batches, CurvatureOperator
 from transfuse.ops._linearisation import (
     Linearisation,
@@ -204,21 +204,21 @@ class _Gradient:
     def add_product(
         self, vector: Sequence[Tensor], into: Sequence[Tensor], *, weight: float
     ) -> None:
-        add_weighted(self._second(vector, quadratic=False), into, weight=weight)
+        add_weighted(self._second(vector, "product"), into, weight=weight)
 
     def form(self, vector: Sequence[Tensor]) -> Tensor:
-        products = self._second(vector, quadratic=True)
+        products = self._second(vector, "form")
         for product, piece in zip(products, vector, strict=True):
             if product is not None:
                 self._passes.add(product, piece, 1.0)
         total = self._passes.total
         return torch.zeros((), dtype=torch.float64) if total is None else total
 
-    def _second(self, vector: Sequence[Tensor], *, quadratic: bool) -> Sequence[Tensor | None]:
+    def _second(self, vector: Sequence[Tensor], kind: Kind) -> Sequence[Tensor | None]:
         """A pass through the graph of the gradient, with what reaches the parameters."""
         if len(self._outputs) == 0:
             return [None] * len(self._inputs)
-        self._passes.begin(quadratic=quadratic)
+        self._passes.begin(kind)
         with explained():
             return torch.autograd.grad(
                 [gradient for _, gradient in self._outputs],
