@@ -168,7 +168,15 @@ def _attack(dtype):
     return attack.attack(clip, masks, label=label, stylised=1 - clip).clip
 
 
-PROCEDURES = {"local_style_fool": _attack}
+def _transfer(dtype):
+    x = torch.linspace(-1, 1, 8, dtype=dtype)[:, None]
+    report = methods.get("lr_transfer")(
+        x, x.square(), widths=[4], depths=[1], lrs=[0.1], steps=3, every=3
+    )
+    return torch.cat([report.runs[0].losses, report.runs[0].sharpness])
+
+
+PROCEDURES = {"local_style_fool": _attack, "lr_transfer": _transfer}
 
 
 @pytest.mark.parametrize("slug", methods.list(kind="procedure"))
