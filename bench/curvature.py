@@ -20,6 +20,7 @@ from fresh processes.
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import json
 import math
@@ -306,8 +307,6 @@ def check_products(problem: Problem, candidates: Sequence[str]) -> dict[str, flo
 def _widened(problem: Problem) -> Loss:
     """The plain loss on float64 parameters and inputs."""
     inputs, labels = problem.data[0]
-    import copy
-
     model = copy.deepcopy(problem.model).double()
     names = [name for name, _ in model.named_parameters()]
 
@@ -319,7 +318,12 @@ def _widened(problem: Problem) -> Loss:
 
 
 def measure(
-    model: str, tasks: Sequence[str], candidates: Sequence[str], *, repeats: int, peaks: bool
+    model: str,
+    tasks: Sequence[str],
+    candidates: Sequence[str],
+    *,
+    repeats: int,
+    peaks: Sequence[str],
 ) -> dict[str, object]:
     """Times and peaks of the candidates on one model, as plain data."""
     problem = MODELS[model]()
@@ -348,7 +352,7 @@ def measure(
         _agree(task, rows, problem)
         for name in candidates:
             rows[name]["p50"] = sorted(rows[name]["seconds"])[len(rows[name]["seconds"]) // 2]
-            if peaks:
+            if name in peaks:
                 rows[name]["peak_bytes"] = _peak_in_child(model, task, name)
         entry["tasks"][task] = rows
     return entry
@@ -396,7 +400,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--task", nargs="+", choices=tuple(TASKS), default=list(TASKS))
     parser.add_argument("--candidate", nargs="+", choices=tuple(CANDIDATES)[1:], default=None)
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--memory", action="store_true", help="measure peaks, each in a process")
+    parser.add_argument(
+        "--memory", nargs="*", choices=tuple(CANDIDATES), default=[], metavar="CANDIDATE",
+        help="measure their peaks, each in a process of its own",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures here")
     parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)

@@ -95,13 +95,13 @@ def function(rule: Differentiable) -> Callable[[Any, Tensors], tuple[Tensor, ...
     return lambda static, tensors: _Function.apply(static, *tensors)
 
 
-def _under_transform() -> bool:
+def under_transform() -> bool:
     """Whether a ``torch.func`` transform is active; under torch.compile, while it traces."""
     return torch._C._functorch.maybe_current_level() is not None
 
 
 # What torch.compiler.assume_constant_result sets, without importing the compiler to set it.
-_under_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
+under_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def needs_derivative(tensors: Tensors) -> bool:
@@ -111,7 +111,7 @@ def needs_derivative(tensors: Tensors) -> bool:
         NotImplementedError: forward mode or a transform inside ``torch.compile``, where a custom op
             would return a zero derivative without an error.
     """
-    watched = _under_transform() or forward_ad._current_level >= 0
+    watched = under_transform() or forward_ad._current_level >= 0
     if watched and torch.compiler.is_compiling():
         raise NotImplementedError(
             "transfuse ops do not support torch.func transforms or forward-mode AD inside "

@@ -236,6 +236,25 @@ class TestLayers:
         }
         check_against_double_backward(loss, params, rand(2, 12, 6, seed=5), rtol=1e-10)
 
+    @pytest.mark.parametrize("kind", ["checkpoint", "vmap", "inner gradient"])
+    def test_losses_that_transform_themselves(self, kind):
+        from torch.utils.checkpoint import checkpoint
+
+        def model(x, first, second):
+            return F.linear(torch.tanh(F.linear(x, first)), second)
+
+        def loss(params, x):
+            weights = (params["first"], params["second"])
+            if kind == "checkpoint":
+                return checkpoint(model, x, *weights, use_reentrant=False).square().mean()
+            if kind == "vmap":
+                return torch.vmap(lambda row: model(row, *weights))(x).square().mean()
+            energy = lambda row: model(row, *weights).square().sum()  # noqa: E731
+            return torch.func.grad(energy)(x).square().sum()
+
+        params = {"first": rand(6, 4, seed=1), "second": rand(3, 6, seed=2)}
+        check_against_double_backward(loss, params, rand(5, 4, seed=3))
+
     def test_under_autocast_torch_keeps_its_own_layers(self):
         weight, x = rand(3, 4).float(), rand(5, 4, seed=1).float()
 

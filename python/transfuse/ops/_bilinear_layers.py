@@ -32,6 +32,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from transfuse._autograd import under_transform
+
 aten = torch.ops.aten
 Kind = Literal["product", "tangent", "form"]
 
@@ -205,7 +207,7 @@ class BilinearLayers(TorchFunctionMode):
         kwargs = {} if kwargs is None else kwargs
         take = _TAKEN.get(func)
         if take is not None and torch.is_grad_enabled():
-            call = take(*args, **kwargs)
+            call = None if under_transform() else take(*args, **kwargs)
             if call is not None and _fits(*call[1:]):
                 layer, x, weight, bias = call
                 return _Bilinear.apply(_Site(layer, self._passes), x, weight, bias)

@@ -8,12 +8,18 @@ for a second vector, and ops need no vmap rule.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Protocol
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointError
+
+from transfuse.ops._bilinear_layers import BilinearLayers, Passes
+
+T = TypeVar("T")
 
 _UNSUPPORTED = re.compile(r"derivative for aten::(\w+) is not implemented")
 
@@ -50,6 +56,29 @@ def add_weighted(
     if len(pairs) > 0:
         sums, terms = zip(*pairs, strict=True)
         torch._foreach_add_(list(sums), list(terms), alpha=weight)
+
+
+def recorded(
+    build: Callable[[AbstractContextManager], T], known: Sequence[Tensor], passes: Passes
+) -> tuple[T, int]:
+    """What ``build`` returns, and the bytes that the graphs it leaves behind hold.
+
+    ``build`` gets a context in which layers are those of :mod:`_bilinear_layers`. Losses that take
+    torch.func gradients themselves cannot be counted, and checkpointed ones are computed again
+    outside of any context, where their layers must be the same: both are built by torch alone, and
+    count as too large to be kept.
+    """
+    with torch.enable_grad(), explained():
+        try:
+            with SavedBytes(known) as saved:
+                result = build(BilinearLayers(passes))
+            return result, saved.count
+        except CheckpointError:
+            pass
+        except RuntimeError as error:
+            if "saved tensor hooks" not in str(error):
+                raise
+        return build(nullcontext()), sys.maxsize
 
 
 class SavedBytes:

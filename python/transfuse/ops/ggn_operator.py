@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from transfuse import _checks
-from transfuse.ops._bilinear_layers import BilinearLayers, Passes
+from transfuse.ops._bilinear_layers import Passes
 from transfuse.ops._curvature_operator import DEFAULT_MEMORY, Batches, CurvatureOperator
 from transfuse.ops._linearisation import (
     Linearisation,
-    SavedBytes,
     add_weighted,
     explained,
     make_leaves,
+    recorded,
 )
 from transfuse.ops._module_functions import check_callable, functional_model, select_parameters
 from transfuse.ops._output_hessian import CLOSED_FORMS, ModuleLoss, OutputLoss, output_hessian
@@ -184,8 +185,9 @@ class _Jacobian:
         leaves = make_leaves(params)
         self._inputs = list(leaves.values())
         self._passes = Passes()
-        with torch.enable_grad(), explained(), SavedBytes(self._inputs) as saved:
-            with BilinearLayers(self._passes):
+
+        def build(layers: AbstractContextManager):
+            with layers:
                 outputs = model_fn(leaves, batch)
             if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
                 raise ValueError(
@@ -197,14 +199,16 @@ class _Jacobian:
                     "must compute with the tensors it is given, not with those of the model, and "
                     "not under no_grad"
                 )
-            self._cotangent = torch.zeros_like(outputs).requires_grad_()
+            cotangent = torch.zeros_like(outputs).requires_grad_()
             pulled = torch.autograd.grad(
-                outputs, self._inputs, self._cotangent, create_graph=True, allow_unused=True
+                outputs, self._inputs, cotangent, create_graph=True, allow_unused=True
             )
-            self._product = output_hessian(loss, outputs.detach(), batch)
-        self._outputs = outputs
+            return outputs, cotangent, pulled, output_hessian(loss, outputs.detach(), batch)
+
+        built, self.saved_bytes = recorded(build, self._inputs, self._passes)
+        self._outputs, self._cotangent, pulled, self._product = built
         self._pulled = [(i, g) for i, g in enumerate(pulled) if g is not None and g.requires_grad]
-        self.value, self.saved_bytes = _mean_square(outputs.detach()), saved.count
+        self.value = _mean_square(self._outputs.detach())
 
     def add_product(
         self, vector: Sequence[Tensor], into: Sequence[Tensor], *, weight: float

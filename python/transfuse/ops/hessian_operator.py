@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from transfuse import _checks
-from transfuse.ops._bilinear_layers import BilinearLayers, Kind, Passes
+from transfuse.ops._bilinear_layers import Kind, Passes
 from transfuse.ops._curvature_operator import DEFAULT_MEMORY, Batches, CurvatureOperator
 from transfuse.ops._linearisation import (
     Linearisation,
-    SavedBytes,
     add_weighted,
     explained,
     make_leaves,
+    recorded,
 )
 from transfuse.ops._module_functions import check_callable, functional_model, select_parameters
 from transfuse.ops._progress import Progress
@@ -178,8 +179,9 @@ class _Gradient:
         leaves = make_leaves(params)
         self._inputs = list(leaves.values())
         self._passes = Passes()
-        with torch.enable_grad(), explained(), SavedBytes(self._inputs) as saved:
-            with BilinearLayers(self._passes):
+
+        def build(layers: AbstractContextManager) -> tuple[float, Sequence[Tensor | None]]:
+            with layers:
                 loss = loss_fn(leaves, batch)
             if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.is_floating_point():
                 raise ValueError(
@@ -192,10 +194,11 @@ class _Gradient:
                     "must compute with the tensors it is given, not with those of the model, and "
                     "not under no_grad"
                 )
-            gradients = torch.autograd.grad(
+            return loss.item(), torch.autograd.grad(
                 loss, self._inputs, create_graph=True, allow_unused=True
             )
-        self.value, self.saved_bytes = loss.item(), saved.count
+
+        (self.value, gradients), self.saved_bytes = recorded(build, self._inputs, self._passes)
         # Linear in the parameters: nothing to differentiate again.
         self._outputs = [
             (i, g) for i, g in enumerate(gradients) if g is not None and g.requires_grad

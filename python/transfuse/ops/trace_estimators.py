@@ -16,7 +16,7 @@ from transfuse.ops._progress import Progress, reporter
 __all__ = ["DiagonalEstimate", "Estimate", "hutchinson_diagonal", "hutchinson_trace"]
 
 # Rows of a chunk of probes and of their products may hold this much together.
-_CHUNK_BYTES = 2**28
+_CHUNK_BYTES = 2**27
 # A standard error from fewer probes is too uncertain to stop at.
 _LEAST_PROBES = 10
 
