@@ -56,17 +56,25 @@ def make_tensors(
     return tensors
 
 
-def loss(
-    parameters: Tensors, tokens: torch.Tensor, labels: torch.Tensor, attention: Attention
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Torch's, over the last dimension."""
+    return F.layer_norm(x, (x.shape[-1],), weight, bias)
+
+
+def logits(
+    parameters: Tensors,
+    tokens: torch.Tensor,
+    attention: Attention,
+    normalise: Callable[..., torch.Tensor] = layer_norm,
 ) -> torch.Tensor:
-    """Cross entropy of the pre-norm transformer's first token, dropout-free."""
+    """Classes of the pre-norm transformer's first token, dropout-free."""
     batch, count, width = tokens.shape
 
     def linear(x: torch.Tensor, name: str) -> torch.Tensor:
         return F.linear(x, parameters[f"{name}.weight"], parameters[f"{name}.bias"])
 
     def norm(x: torch.Tensor, name: str) -> torch.Tensor:
-        return F.layer_norm(x, (width,), parameters[f"{name}.weight"], parameters[f"{name}.bias"])
+        return normalise(x, parameters[f"{name}.weight"], parameters[f"{name}.bias"])
 
     x = tokens
     for block in range(BLOCKS):
@@ -77,10 +85,18 @@ def loss(
         mixed = attention(query, key, value).transpose(1, 2).reshape(batch, count, width)
         x = x + linear(mixed, f"{block}.projection")
         x = x + linear(F.gelu(linear(norm(x, f"{block}.norm2"), f"{block}.up")), f"{block}.down")
-    return F.cross_entropy(linear(x[:, 0], "head"), labels)
+    return linear(x[:, 0], "head")
 
 
-def _split(tensors: Tensors) -> tuple[Tensors, Tensors]:
+def loss(
+    parameters: Tensors, tokens: torch.Tensor, labels: torch.Tensor, attention: Attention
+) -> torch.Tensor:
+    """Cross entropy of the logits."""
+    return F.cross_entropy(logits(parameters, tokens, attention), labels)
+
+
+def split(tensors: Tensors) -> tuple[Tensors, Tensors]:
+    """Parameters and direction by the parameters' names."""
     parameters = {n[len(PARAMETER) :]: t for n, t in tensors.items() if n.startswith(PARAMETER)}
     directions = {n[len(DIRECTION) :]: t for n, t in tensors.items() if n.startswith(DIRECTION)}
     return parameters, directions
@@ -88,7 +104,7 @@ def _split(tensors: Tensors) -> tuple[Tensors, Tensors]:
 
 def hvp_double_backward(tensors: Tensors, attention: Attention) -> tuple[torch.Tensor, ...]:
     """Hessian of the loss times the direction: gradient of <gradient, direction>."""
-    parameters, directions = _split(tensors)
+    parameters, directions = split(tensors)
     leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
     inputs = tuple(leaves.values())
     value = loss(leaves, tensors["tokens"], tensors["labels"], attention)
@@ -99,7 +115,7 @@ def hvp_double_backward(tensors: Tensors, attention: Attention) -> tuple[torch.T
 
 def hvp_forward_over_reverse(tensors: Tensors, attention: Attention) -> tuple[torch.Tensor, ...]:
     """The same product as the directional derivative of the gradient (``torch.func``)."""
-    parameters, directions = _split(tensors)
+    parameters, directions = split(tensors)
     gradient = torch.func.grad(
         lambda point: loss(point, tensors["tokens"], tensors["labels"], attention)
     )

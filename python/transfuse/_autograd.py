@@ -67,6 +67,9 @@ def function(rule: Differentiable) -> Callable[[Any, Tensors], tuple[Tensor, ...
         def backward(ctx, *grads):
             if rule.vjp is None:
                 raise NotImplementedError(_unsupported(rule.name, "reverse"))
+            # Nothing arrived: torch still visits the node on the way to what lies behind it.
+            if all(grad is None for grad in grads):
+                return (None,) * (1 + ctx.count)
             saved = ctx.saved_tensors
             tensors, outputs = saved[: ctx.count], saved[ctx.count :]
             needs = ctx.needs_input_grad[1:]
@@ -92,18 +95,18 @@ def function(rule: Differentiable) -> Callable[[Any, Tensors], tuple[Tensor, ...
     return lambda static, tensors: _Function.apply(static, *tensors)
 
 
-def _under_transform() -> bool:
+def under_transform() -> bool:
     """Whether a ``torch.func`` transform is active; under torch.compile, while it traces."""
     return torch._C._functorch.maybe_current_level() is not None
 
 
 # What torch.compiler.assume_constant_result sets, without importing the compiler to set it.
-_under_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
+under_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def transformed() -> bool:
     """Whether forward mode or a ``torch.func`` transform is active."""
-    return _under_transform() or forward_ad._current_level >= 0
+    return under_transform() or forward_ad._current_level >= 0
 
 
 def needs_derivative(tensors: Tensors) -> bool:

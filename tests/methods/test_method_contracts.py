@@ -195,7 +195,15 @@ def _margins(dtype):
     return methods.get("attention_svm")(x, z, torch.tensor([0, 3, 1])).weight
 
 
-PROCEDURES = {"attention_svm": _margins, "local_style_fool": _attack}
+def _transfer(dtype):
+    x = torch.linspace(-1, 1, 8, dtype=dtype)[:, None]
+    report = methods.get("lr_transfer")(
+        x, x.square(), widths=[4], depths=[1], lrs=[0.1], steps=3, every=3
+    )
+    return torch.cat([report.runs[0].losses, report.runs[0].sharpness])
+
+
+PROCEDURES = {"attention_svm": _margins, "local_style_fool": _attack, "lr_transfer": _transfer}
 
 
 def _sharp(params):

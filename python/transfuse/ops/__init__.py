@@ -20,6 +20,8 @@ from transfuse.ops.cfg_step import (
     cfg_step_with_cosine,
     cfg_step_with_original,
 )
+from transfuse.ops.eigen import EigenPairs, Lanczos, lanczos, lanczos_eigenpairs, power_iteration
+from transfuse.ops.ggn_operator import GGNOperator
 from transfuse.ops.head_curvature import (
     head_gradient,
     head_hessian_diagonal,
@@ -29,10 +31,13 @@ from transfuse.ops.head_curvature import (
 )
 from transfuse.ops.head_hessian_distance import head_hessian_distance
 from transfuse.ops.head_hutchinson_diagonal import head_hutchinson_diagonal
+from transfuse.ops.hessian_operator import HessianOperator
 from transfuse.ops.lora import lora_conv2d, lora_linear
+from transfuse.ops.low_rank_trace import hutchpp_trace, xtrace
 from transfuse.ops.nes import nes_gradient, nes_perturb
 from transfuse.ops.noise_mix import NoisyVelocity, noise_mix, noise_mix_with_velocity
 from transfuse.ops.patch_gram import patch_gram
+from transfuse.ops.spectral_density import SpectralDensity, spectral_density
 from transfuse.ops.token_merging import (
     MergePlan,
     Nearest,
@@ -42,6 +47,12 @@ from transfuse.ops.token_merging import (
     nearest_tokens,
     push_tokens,
     unmerge_tokens,
+)
+from transfuse.ops.trace_estimators import (
+    DiagonalEstimate,
+    Estimate,
+    hutchinson_diagonal,
+    hutchinson_trace,
 )
 from transfuse.ops.window_attention import window_attention, window_partition, window_reverse
 
@@ -53,11 +64,18 @@ __all__ = [
     "Blend",
     "CFGCosines",
     "CFGOriginal",
+    "DiagonalEstimate",
+    "EigenPairs",
+    "Estimate",
     "Euler",
+    "GGNOperator",
+    "HessianOperator",
+    "Lanczos",
     "MergePlan",
     "Nearest",
     "NoisyVelocity",
     "Predict",
+    "SpectralDensity",
     "adain",
     "attend",
     "attend_with_lse",
@@ -72,6 +90,11 @@ __all__ = [
     "head_hessian_trace",
     "head_hgp",
     "head_hutchinson_diagonal",
+    "hutchinson_diagonal",
+    "hutchinson_trace",
+    "hutchpp_trace",
+    "lanczos",
+    "lanczos_eigenpairs",
     "lora_conv2d",
     "lora_linear",
     "match_tokens",
@@ -83,9 +106,12 @@ __all__ = [
     "noise_mix",
     "noise_mix_with_velocity",
     "patch_gram",
+    "power_iteration",
     "push_tokens",
+    "spectral_density",
     "unmerge_tokens",
     "window_attention",
     "window_partition",
     "window_reverse",
+    "xtrace",
 ]
