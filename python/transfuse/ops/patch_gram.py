@@ -61,8 +61,8 @@ def patch_gram(
         product is the best there is, and what runs by default. Up to 16 MiB of packed images (or
         one image) stay with the calling thread.
 
-        The same bits come out on every run and for every number of threads. Derivatives
-        of any order are composed of torch operations, which unfold; forward over forward raises.
+        The kernels give the same bits on every run and for every number of threads. Derivatives of
+        any order are composed of torch operations, which unfold; forward over forward raises.
 
     Reference:
         Petersen et al. 2024, TrAct: Making first-layer pre-activations trainable
