@@ -8,7 +8,6 @@
 #include "transfuse/patch_gram.h"
 
 #include <algorithm>
-#include <memory>
 #include <vector>
 
 #include "transfuse/vec.h"
@@ -19,10 +18,10 @@ namespace {
 
 constexpr int kTileChannels = 3, kTilePartners = 4;  // 12 sums, 3 operands and 1 more: 16 registers
 constexpr int64_t kRowBlock = 24;                    // rows of a strip that stay in the first-level cache
-constexpr int64_t kPacked = int64_t(64) << 20;       // bytes of packed images at a time
+constexpr int64_t kPacked = int64_t(16) << 20;       // bytes of packed images at a time
 constexpr int64_t kBundles = 8;                      // tasks are taken together in so many; fewer are divided further
 constexpr int64_t kBundleSums = 1 << 16;             // more bundles where one would hold more sums than this
-constexpr int64_t kPartWork = int64_t(1) << 16;      // patches from which images are divided too
+constexpr int64_t kPartWork = int64_t(1) << 17;      // patches from which images are divided too
 constexpr int64_t kMaxParts = 8;
 constexpr int64_t kShortSums = 256;   // additions in single precision before sums are widened
 constexpr int64_t kSerial = 1 << 15;  // multiplications below which waking other threads does not pay
@@ -81,7 +80,7 @@ struct Task {
 
 template <class T>
 struct Packed {
-  std::unique_ptr<T[]> memory;
+  T* memory = nullptr;
   int64_t front, phase_stride, row_stride, channel_stride, image_stride;
 };
 
@@ -278,7 +277,7 @@ struct Gram {
     const int64_t begin = std::max<int64_t>(0, -across.padding), left = across.padding;
     const int64_t count = std::min(width, extent - left) - begin;
     if (count <= 0) return;
-    T* row = static_cast<T*>(thread_scratch((size_t)count * sizeof(T)));
+    std::vector<T> row((size_t)(across.step == 1 ? 0 : count));
     for (int64_t r = 0; r < down.extent(); ++r) {
       const int64_t y = r - down.padding;
       if (y < 0 || y >= height) continue;
@@ -288,12 +287,12 @@ struct Gram {
         load_row(args.x, args.dtype, offset, args.stride[4], count, line + left);
         continue;
       }
-      load_row(args.x, args.dtype, offset, args.stride[4], count, row);
+      load_row(args.x, args.dtype, offset, args.stride[4], count, row.data());
       for (int64_t phase = 0; phase < across.step; ++phase) {
         // Padded column left + k holds number k of the row; those of this phase are `step` apart.
         const int64_t first = ((phase - left) % across.step + across.step) % across.step;
         T* target = line + phase * packed.phase_stride + (left + first) / across.step;
-        for (int64_t k = first; k < count; k += across.step) *target++ = row[k];
+        for (int64_t k = first; k < count; k += across.step) *target++ = row[(size_t)k];
       }
     }
   }
@@ -340,7 +339,7 @@ struct Gram {
     const int64_t additions = (across.count / W + 1) * (rows / kRowBlock + 1);
     const int64_t period = std::max<int64_t>(1, std::min<int64_t>(32, kShortSums / additions));
     for (int64_t image = begin; image < end; ++image) {
-      const T* base = packed.memory.get() + image * packed.image_stride;
+      const T* base = packed.memory + image * packed.image_stride;
       for (int64_t row = 0; row < rows; row += kRowBlock)
         for (Sweep<T>& sweep : sweeps) sweep.add(base, row, row + kRowBlock);
       if ((image - begin + 1) % period == 0 || image + 1 == end)
@@ -352,13 +351,13 @@ struct Gram {
   // ---- all of it ----------------------------------------------------------------------------------------------------
 
   void group(int64_t index, const Parallel& parallel) {
-    const int64_t batch = args.size[1], patches = batch * down.count * across.count;
-    int64_t parts = std::max<int64_t>(1, std::min({kMaxParts, patches / kPartWork, batch}));
+    const int64_t batch = args.size[1], bytes = packed.image_stride * (int64_t)sizeof(T);
+    const int64_t held = std::max<int64_t>(1, std::min(batch, kPacked / bytes));
+    int64_t parts = std::max<int64_t>(1, std::min({kMaxParts, held * down.count * across.count / kPartWork, held}));
     if (n > 512) parts = 1;  // a part has a matrix of its own
-    const int64_t held = std::max<int64_t>(
-        parts, std::min(batch, kPacked / std::max<int64_t>(1, packed.image_stride * (int64_t)sizeof(T))));
-    // Not filled: packing writes every number of an image.
-    packed.memory.reset(new T[(size_t)(std::min(held, batch) * packed.image_stride)]);
+    // Of this thread, and shared with the others while they run its tasks, none of which asks for memory of its own
+    // here. Not filled: packing writes every number of an image.
+    packed.memory = static_cast<T*>(thread_scratch((size_t)(held * bytes)));
     std::vector<double> s((size_t)(parts * n * n), 0.0);
     const std::vector<Task> all = tasks();
     // Not more sums in a bundle than the second-level cache holds (about three slots of five segments).
@@ -368,7 +367,7 @@ struct Gram {
     for (int64_t start = 0; start < batch; start += held) {
       const int64_t images = std::min(held, batch - start);
       for_each_task(parallel, images * channels, [&](int64_t i) {
-        T* to = packed.memory.get() + i / channels * packed.image_stride + i % channels * packed.channel_stride;
+        T* to = packed.memory + i / channels * packed.image_stride + i % channels * packed.channel_stride;
         pack(index, start + i / channels, i % channels, to);
       });
       const int64_t share = (images + parts - 1) / parts;

@@ -58,10 +58,11 @@ def patch_gram(
         subtracted), half of the matrix is mirrored, and no patch is formed: for a 7 x 7 kernel of
         stride 2 a seventh of the operations of the product of unfolded patches. Sums are float32
         over short stretches and then float64. Where patches do not overlap (patch embeddings), that
-        product is the best there is, and what runs by default.
+        product is the best there is, and what runs by default. Up to 16 MiB of packed images (or
+        one image) stay with the calling thread.
 
-        The same bits come out on every run and for every number of threads. Derivatives
-        of any order are composed of torch operations, which unfold; forward over forward raises.
+        The kernels give the same bits on every run and for every number of threads. Derivatives of
+        any order are composed of torch operations, which unfold; forward over forward raises.
 
     Reference:
         Petersen et al. 2024, TrAct: Making first-layer pre-activations trainable
