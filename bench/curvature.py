@@ -72,14 +72,19 @@ class _PlainVit(nn.Module):
         return vit.logits(own, tokens, vit.explicit_attention, _plain_layer_norm)
 
 
+def _ours_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    # Forced, so that no fallback is timed under the kernel's name.
+    return attend(query, KV(key, value), backend="cpu")
+
+
 def _plain_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.layer_norm(x, (x.shape[-1],)) * weight + bias
 
 
-def _vit() -> Problem:
+def _vit(batch: int = 8, count: int = 65) -> Problem:
     tensors = vit.make_tensors(
-        8,
-        65,
+        batch,
+        count,
         generator=torch.Generator().manual_seed(0),
         dtype=torch.float32,
         device=torch.device("cpu"),
@@ -88,7 +93,7 @@ def _vit() -> Problem:
     tokens, labels = tensors["tokens"], tensors["labels"]
 
     def fused(point: Tensors) -> Tensor:
-        return vit.loss(point, tokens, labels, lambda q, k, v: attend(q, KV(k, v)))
+        return vit.loss(point, tokens, labels, _ours_attention)
 
     def plain(point: Tensors) -> Tensor:
         return F.cross_entropy(
@@ -282,8 +287,11 @@ def perform(problem: Problem, candidate: str, task: str, count: int) -> object:
 def check_products(problem: Problem, candidates: Sequence[str]) -> dict[str, float]:
     """Relative distance of each candidate's product from the float64 one.
 
+    The yardstick is torch's double backward in float32: the kinks of a rectifier lie elsewhere in
+    float64, which is no fault of a product.
+
     Raises:
-        RuntimeError: one is further off than float32 explains.
+        RuntimeError: one is further off than twice the yardstick.
     """
     wide = Problem(
         {name: p.double() for name, p in problem.params.items()},
@@ -296,11 +304,14 @@ def check_products(problem: Problem, candidates: Sequence[str]) -> dict[str, flo
     vector = torch.randn(size, generator=torch.Generator().manual_seed(2))
     exact = _Autograd(wide) @ vector.double()
     errors = {}
-    for name in candidates:
+    for name in dict.fromkeys(["autograd", *candidates]):
         product = CANDIDATES[name].make(problem) @ vector
         errors[name] = float((product - exact).norm() / exact.norm())
-        if not errors[name] < 1e-4:
-            raise RuntimeError(f"{name}: the product is off by {errors[name]:.2g} of its norm")
+        if not errors[name] < 2 * errors["autograd"] + 1e-5:
+            raise RuntimeError(
+                f"{name}: the product is off by {errors[name]:.2g} of its norm, torch's by "
+                f"{errors['autograd']:.2g}"
+            )
     return errors
 
 

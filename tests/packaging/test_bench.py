@@ -706,3 +706,33 @@ def test_a_step_of_a_unet_with_and_without_patches(tmp_path, capsys):
     assert "hi_diffusion" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         unet_step.main(["--width", "40"])
+
+
+def test_curvature_of_a_short_sequence(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("scipy")
+    from transfuse.bench import curvature
+
+    monkeypatch.setitem(curvature.MODELS, "vit", lambda: curvature._vit(1, 5))
+    monkeypatch.setitem(curvature.TASKS, "trace", 12)
+    monkeypatch.setitem(curvature.TASKS, "top", 2)
+    monkeypatch.setattr(curvature, "PROBES", 12)
+    path = tmp_path / "curvature.json"
+    arguments = ["--model", "vit", "--candidate", "torch.func", "autograd", "--json", str(path)]
+    assert curvature.main(arguments) == 0
+    (entry,) = json.loads(path.read_text())["results"]
+    assert max(entry["product_errors"].values()) < 1e-5
+    assert set(entry["tasks"]["top"]) == {"transfuse", "torch.func", "autograd"}
+    assert "ours is faster" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        curvature.main(["--repeats", "0"])
+
+
+def test_a_wrong_product_stops_the_curvature_benchmark(monkeypatch):
+    from transfuse.bench import curvature
+
+    monkeypatch.setattr(
+        "transfuse.bench.curvature._ours_attention", lambda query, key, value: query
+    )
+    problem = curvature._vit(1, 5)
+    with pytest.raises(RuntimeError, match="transfuse: the product is off by"):
+        curvature.check_products(problem, ["transfuse"])
