@@ -8,6 +8,7 @@
 #include "transfuse/mix.h"
 #include "transfuse/nes.h"
 #include "transfuse/peak.h"
+#include "transfuse/simplex.h"
 #include "transfuse/token_merging.h"
 
 namespace transfuse {
@@ -93,6 +94,7 @@ TRANSFUSE_KERNEL_TABLE(AttentionKernels, kAttention, attention_kernels)
 TRANSFUSE_KERNEL_TABLE(MixKernels, kMix, mix_kernels)
 TRANSFUSE_KERNEL_TABLE(NesKernels, kNes, nes_kernels)
 TRANSFUSE_KERNEL_TABLE(PeakKernels, kPeak, peak_kernels)
+TRANSFUSE_KERNEL_TABLE(SimplexKernels, kSimplex, simplex_kernels)
 TRANSFUSE_KERNEL_TABLE(TokenMergingKernels, kTokenMerging, token_merging_kernels)
 
 }  // namespace transfuse

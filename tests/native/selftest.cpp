@@ -10,6 +10,7 @@
 #include "check.h"
 #include "mix_selftest.h"
 #include "nes_selftest.h"
+#include "simplex_selftest.h"
 #include "token_merging_selftest.h"
 #include "transfuse/isa.h"
 #include "window_selftest.h"
@@ -36,6 +37,7 @@ int run(int argc, char** argv) {
   selftest::window_selftest(4 * cases);
   selftest::mix_selftest(cases);
   selftest::nes_selftest();
+  selftest::simplex_selftest();
   selftest::token_merging_selftest(cases);
   const selftest::Tally& t = selftest::tally();
   std::printf("%ld passed, %ld failed\n", t.passed, t.failed);

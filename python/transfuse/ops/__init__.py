@@ -20,9 +20,23 @@ from transfuse.ops.cfg_step import (
     cfg_step_with_cosine,
     cfg_step_with_original,
 )
+from transfuse.ops.gradient_weights import (
+    aligned_mtl_weights,
+    cagrad_weights,
+    nash_weights,
+    pcgrad_weights,
+    upgrad_weights,
+)
 from transfuse.ops.lora import lora_conv2d, lora_linear
 from transfuse.ops.nes import nes_gradient, nes_perturb
 from transfuse.ops.noise_mix import NoisyVelocity, noise_mix, noise_mix_with_velocity
+from transfuse.ops.simplex import (
+    NonnegativeSolution,
+    ParetoSolution,
+    min_norm_simplex,
+    nonneg_qp,
+    pareto_lp,
+)
 from transfuse.ops.token_merging import (
     MergePlan,
     Nearest,
@@ -47,10 +61,14 @@ __all__ = [
     "MergePlan",
     "Nearest",
     "NoisyVelocity",
+    "NonnegativeSolution",
+    "ParetoSolution",
     "Predict",
     "adain",
+    "aligned_mtl_weights",
     "attend",
     "attend_with_lse",
+    "cagrad_weights",
     "cfg_step",
     "cfg_step_with_cosine",
     "cfg_step_with_original",
@@ -60,13 +78,19 @@ __all__ = [
     "match_tokens",
     "merge_attention",
     "merge_tokens",
+    "min_norm_simplex",
+    "nash_weights",
     "nearest_tokens",
     "nes_gradient",
     "nes_perturb",
     "noise_mix",
     "noise_mix_with_velocity",
+    "nonneg_qp",
+    "pareto_lp",
+    "pcgrad_weights",
     "push_tokens",
     "unmerge_tokens",
+    "upgrad_weights",
     "window_attention",
     "window_partition",
     "window_reverse",
