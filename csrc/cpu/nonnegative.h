@@ -18,10 +18,35 @@ constexpr double kEpsilon = 0x1p-52;
 
 enum class Outcome { solved, unbounded, stopped };
 
+// One more row of a Cholesky factor of `rank` rows: solves for its entries z, given those of the matrix, and returns
+// the square that is left of the diagonal entry. `doubt` is how much of it may be rounding: squared errors e of z,
+// carried along as if independent. What is left counts as more than 0 only beyond that.
+template <class Entry>
+double left_of(int64_t rank, const double* l, int64_t stride, double diagonal, const Entry& entry, double* z, double* e,
+               double* doubt) {
+  double left = diagonal, square = kEpsilon * diagonal * kEpsilon * diagonal;
+  for (int64_t k = 0; k < rank; ++k) {
+    const double* row = l + k * stride;
+    const double first = entry(k);
+    double value = first, error = kEpsilon * first * kEpsilon * first;
+    for (int64_t i = 0; i < k; ++i) {
+      const double term = row[i] * z[i];
+      value -= term;
+      error += kEpsilon * term * kEpsilon * term + row[i] * row[i] * e[i];
+    }
+    z[k] = value / row[k];
+    e[k] = error / (row[k] * row[k]);
+    left -= z[k] * z[k];
+    square += 4.0 * z[k] * z[k] * e[k];
+  }
+  *doubt = 32.0 * std::sqrt(square);
+  return left;
+}
+
 class Nonnegative {
  public:
   // Doubles of working memory for n unknowns (the list of indices among them).
-  static int64_t memory(int64_t n) { return 2 * n * n + 9 * n; }
+  static int64_t memory(int64_t n) { return 2 * n * n + 10 * n; }
 
   Nonnegative(int64_t n, double* memory) : n_(n) {
     const auto take = [&](int64_t count) {
@@ -37,6 +62,7 @@ class Nonnegative {
     s_ = take(n);
     z_ = take(n);
     v_ = take(n);
+    e_ = take(n);
     ray_ = take(n);
     at_ = reinterpret_cast<int64_t*>(take(n));
     state_ = reinterpret_cast<int64_t*>(take(n));
@@ -115,19 +141,9 @@ class Nonnegative {
 
   // z = L^-1 (column j of G on the set); the square that is left of its diagonal entry.
   double project(int64_t j) {
-    double left = g_[j * n_ + j];
-    for (int64_t k = 0; k < p_; ++k) {
-      double value = g_[j * n_ + at_[k]];
-      const double* row = l_ + k * n_;
-      for (int64_t i = 0; i < k; ++i) value -= row[i] * z_[i];
-      z_[k] = value / row[k];
-      left -= z_[k] * z_[k];
-    }
-    return left;
+    return left_of(p_, l_, n_, g_[j * n_ + j], [&](int64_t k) { return g_[j * n_ + at_[k]]; }, z_, e_, &doubt_);
   }
-  bool independent(double left, int64_t j) const {
-    return left > 32.0 * kEpsilon * (double)(p_ + 1) * std::fabs(g_[j * n_ + j]) && left > 0.0;
-  }
+  bool independent(double left) const { return left > doubt_; }
 
   // v <- L^-T v on the set.
   void back_substitute(double* v) const {
@@ -175,7 +191,7 @@ class Nonnegative {
   // Lets unknown j become positive and goes to the optimum over the set that results. False: unbounded.
   bool enter(int64_t j) {
     const double left = project(j);
-    bool fresh = independent(left, j);
+    bool fresh = independent(left);
     if (fresh) {
       append(j, left);
     } else {
@@ -197,7 +213,7 @@ class Nonnegative {
       for (int64_t k = 0; k < p_; ++k) x_[at_[k]] = std::max(0.0, x_[at_[k]] + step * v_[k]);
       remove(leaving, kZero);
       const double rest = project(j);
-      if (!independent(rest, j)) {  // by rounding alone
+      if (!independent(rest)) {  // by rounding alone
         state_[j] = kBlocked;
         return true;
       }
@@ -239,8 +255,8 @@ class Nonnegative {
   }
 
   int64_t n_, p_ = 0;
-  double size_ = 1.0;
-  double *g_, *l_, *d_, *q_, *x_, *s_, *z_, *v_, *ray_;
+  double size_ = 1.0, doubt_ = 0.0;
+  double *g_, *l_, *d_, *q_, *x_, *s_, *z_, *v_, *e_, *ray_;
   int64_t *at_, *state_;
 };
 

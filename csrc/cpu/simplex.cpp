@@ -62,19 +62,16 @@ void nonnegative(const NonnegativeArgs& args, const Parallel& parallel) {
 
 // Orthonormal directions d with C d = 0 and sum d = 0, as rows of `out`, for the m x m matrix C; how many there are.
 // A Cholesky factorisation that steps over dependent columns finds the null vectors.
-int64_t flat_directions(int64_t m, const double* c, double* l, double* scale, int64_t* kept, double* out) {
+int64_t flat_directions(int64_t m, const double* c, double* l, double* scale, double* errors, int64_t* kept,
+                        double* out) {
   int64_t rank = 0, count = 0;
   for (int64_t i = 0; i < m; ++i) scale[i] = c[i * m + i] > 0.0 ? 1.0 / std::sqrt(c[i * m + i]) : 1.0;
   for (int64_t j = 0; j < m; ++j) {
     double* row = l + rank * m;
-    double left = c[j * m + j] * scale[j] * scale[j];
-    const double own = left;
-    for (int64_t k = 0; k < rank; ++k) {
-      const double value = c[j * m + kept[k]] * scale[j] * scale[kept[k]] - dot(l + k * m, row, k);
-      row[k] = value / l[k * m + k];
-      left -= row[k] * row[k];
-    }
-    if (left > 64.0 * kEpsilon * (double)m * own) {
+    double doubt;
+    const auto entry = [&](int64_t k) { return c[j * m + kept[k]] * scale[j] * scale[kept[k]]; };
+    const double left = left_of(rank, l, m, c[j * m + j] * scale[j] * scale[j], entry, row, errors, &doubt);
+    if (left > doubt) {
       row[rank] = std::sqrt(left);
       kept[rank++] = j;
       continue;
@@ -158,7 +155,7 @@ int64_t min_norm_memory(int64_t n) { return 2 * Nonnegative::memory(n) + 5 * n *
 void min_norm_one(int64_t n, const double* given, double* w, double* memory) {
   const double size = largest(given, n * n);
   if (!finite(given, n * n) || size == 0.0) {
-    std::fill(w, w + n, size == 0.0 ? 1.0 / (double)n : kNaN);
+    std::fill(w, w + n, size == 0.0 && finite(given, n * n) ? 1.0 / (double)n : kNaN);
     return;
   }
   double *c = memory, *small = c + n * n, *l = small + n * n, *flat = l + (n + 1) * n, *vector = flat + n * n;
@@ -196,9 +193,8 @@ void min_norm_one(int64_t n, const double* given, double* w, double* memory) {
     if (w[i] > 0.0 || product[i] - value <= 64.0 * kEpsilon * (double)n * (part[i] + rounding)) tied[m++] = i;
   if (m < 2) return;
   for (int64_t i = 0; i < m; ++i)
-    for (int64_t j = 0; j < m; ++j)
-      small[i * m + j] = 0.5 * (c[tied[i] * n + tied[j]] + c[tied[j] * n + tied[i]]);
-  const int64_t count = flat_directions(m, small, l, scale, kept, flat);
+    for (int64_t j = 0; j < m; ++j) small[i * m + j] = 0.5 * (c[tied[i] * n + tied[j]] + c[tied[j] * n + tied[i]]);
+  const int64_t count = flat_directions(m, small, l, scale, product, kept, flat);
   if (count == 0) return;
   for (int64_t i = 0; i < m; ++i) vector[i] = w[tied[i]];
   smallest_norm(m, flat, count, vector, rest);

@@ -34,8 +34,8 @@ inline double quadratic(const double* c, const double* w, int64_t n, double* slo
 
 inline void check_simplex(uint64_t number, int64_t problems, int64_t n, int64_t rank) {
   Random r(number);
-  const std::string name = "simplex " + std::to_string(problems) + " x " + std::to_string(n) + ", rank " +
-                           std::to_string(rank);
+  const std::string name =
+      "simplex " + std::to_string(problems) + " x " + std::to_string(n) + ", rank " + std::to_string(rank);
   const std::vector<double> c = gramians(r, problems, n, rank);
   const size_t numbers = (size_t)(problems * n);
   std::vector<double> w(numbers), w3(numbers), x(numbers), x3(numbers), left((size_t)problems), a(numbers);

@@ -13,10 +13,10 @@ constexpr int64_t kParetoMost = 6;       // unknowns of a linear programme
 // min_{x >= 0} x' G x / 2 + q' x, G symmetric and positive semidefinite.
 struct NonnegativeArgs {
   int64_t problems = 0, n = 0;
-  const double* g = nullptr;  // (problems, n, n)
-  const double* q = nullptr;  // (problems, n)
-  int64_t iterations = 0;     // at most, per problem
-  double tolerance = 0.0;     // of a slope, relative to the largest entry of q (after scaling the diagonal of G to 1)
+  const double* g = nullptr;   // (problems, n, n)
+  const double* q = nullptr;   // (problems, n)
+  int64_t iterations = 0;      // at most, per problem
+  double tolerance = 0.0;      // of a slope, relative to the largest entry of q (after scaling the diagonal of G to 1)
   double* x = nullptr;         // (problems, n)
   double* residual = nullptr;  // (problems): violation of the optimality conditions, inf where unbounded
 };
