@@ -12,7 +12,7 @@ Tensors = dict[str, torch.Tensor]
 Expression = Callable[[Tensors], object]
 
 # Modules of this package that define CASES. A new op adds its module name here.
-OP_MODULES = ("attention", "window_attention", "token_merging", "adain", "diffusion")
+OP_MODULES = ("attention", "window_attention", "token_merging", "adain", "diffusion", "simplex")
 
 DTYPES = {
     "float64": torch.float64,

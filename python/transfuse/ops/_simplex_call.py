@@ -73,7 +73,9 @@ def result_dtype(value: Tensor) -> torch.dtype:
 def flatten(value: Tensor, axes: int) -> Tensor:
     """Detached, contiguous, float64, one batch axis before the last ``axes``."""
     value = value.detach().to(torch.float64)
-    return value.reshape(value.shape[: value.dim() - axes].numel(), *value.shape[-axes:]).contiguous()
+    return value.reshape(
+        value.shape[: value.dim() - axes].numel(), *value.shape[-axes:]
+    ).contiguous()
 
 
 def unflatten(result: Tensor, matrix: Tensor, dtype: torch.dtype | None = None) -> Tensor:

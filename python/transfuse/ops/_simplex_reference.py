@@ -166,7 +166,9 @@ def _active_set(
         # Its column depends on the set: along the null direction until one of the set is 0.
         slides = (enters & ~independent)[:, None]
         direction = torch.where(inside, -along, 0.0) + new.to(x.dtype)
-        room = torch.where(direction < 0, x / torch.where(direction < 0, -direction, 1.0), torch.inf)
+        room = torch.where(
+            direction < 0, x / torch.where(direction < 0, -direction, 1.0), torch.inf
+        )
         step = room.amin(-1, keepdim=True)
         ends = slides & step.isfinite()
         leaving = (number == room.argmin(-1, keepdim=True)) & ends
@@ -266,7 +268,9 @@ def pareto(c: Tensor, a: Tensor, guide: bool) -> tuple[Tensor, Tensor]:
 def _best_vertex(rows: Tensor, objective: Tensor, choices: Tensor) -> tuple[Tensor, Tensor]:
     count = rows.shape[-1]
     chosen = rows[:, choices.reshape(-1)].reshape(rows.shape[0], *choices.shape, count)
-    system = torch.cat((chosen, torch.ones_like(rows[:, :1, None].expand(-1, len(choices), 1, -1))), 2)
+    system = torch.cat(
+        (chosen, torch.ones_like(rows[:, :1, None].expand(-1, len(choices), 1, -1))), 2
+    )
     right = torch.zeros_like(system[..., :1])
     right[..., -1, :] = 1.0
     w = torch.linalg.solve_ex(system, right)[0][..., 0]

@@ -59,8 +59,7 @@ class _Alignment(nn.Module):
         for logits in (source, target):
             if logits.dim() != 2 or logits.shape[1] != 1:
                 raise ValueError(
-                    "discriminator: expected logits of shape (N, 1), got "
-                    f"{tuple(logits.shape)}"
+                    f"discriminator: expected logits of shape (N, 1), got {tuple(logits.shape)}"
                 )
         return 0.5 * (
             F.binary_cross_entropy_with_logits(source, torch.ones_like(source))
@@ -125,7 +124,10 @@ class MarginDisparityAlignment(_Alignment):
     ) -> Tensor:
         """The loss, a scalar."""
         source, target = self._reverse(source, target)
-        on_source, on_target = self.discriminator(source).float(), self.discriminator(target).float()
+        on_source, on_target = (
+            self.discriminator(source).float(),
+            self.discriminator(target).float(),
+        )
         agreement = F.cross_entropy(on_source, source_logits.argmax(1))
         # log(1 - p) of the class the first classifier chose, from the logits of the others.
         chosen = F.one_hot(target_logits.argmax(1), on_target.shape[1]).bool()

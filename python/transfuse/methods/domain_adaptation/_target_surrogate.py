@@ -237,7 +237,11 @@ class ClasswiseDiscriminator(nn.Module):
         if _checks.positive_int("num_classes", num_classes) < 2:
             raise ValueError(f"num_classes: expected at least 2, got {num_classes}")
         self.num_classes = num_classes
-        self.weights, self.biases, self.norms = nn.ParameterList(), nn.ParameterList(), nn.ModuleList()
+        self.weights, self.biases, self.norms = (
+            nn.ParameterList(),
+            nn.ParameterList(),
+            nn.ModuleList(),
+        )
         for given, made in zip(sizes, sizes[1:], strict=False):
             bound = given**-0.5
             for group, shape in (

@@ -361,7 +361,9 @@ class ParetoDALoss(nn.Module):
         if not shared or any(not isinstance(p, Tensor) or not p.requires_grad for p in shared):
             raise ValueError(
                 "shared: expected parameters that require a gradient, got "
-                f"{len(shared)} of which some do not" if shared else "shared: expected parameters, got none"
+                f"{len(shared)} of which some do not"
+                if shared
+                else "shared: expected parameters, got none"
             )
         if len({id(p) for p in (*shared, *own)}) != len(shared) + len(own):
             raise ValueError(

@@ -32,7 +32,10 @@ PARETO = (
     BadCase("matrix", lambda op: op(None, _ONES, mode="guide"), TypeError, "gramian: expected"),
     BadCase("guidance", lambda op: op(_EYE, 1.0, mode="guide"), TypeError, "guidance: expected"),
     BadCase(
-        "length", lambda op: op(_EYE, torch.ones(2), mode="guide"), ValueError, r"expected shape \(3,"
+        "length",
+        lambda op: op(_EYE, torch.ones(2), mode="guide"),
+        ValueError,
+        r"expected shape \(3,",
     ),
     BadCase(
         "batch", lambda op: op(_EYE, _EYE, mode="guide"), ValueError, r"guidance: .*got \(3, 3\)"
