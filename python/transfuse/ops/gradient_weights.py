@@ -105,8 +105,8 @@ def cagrad_weights(gramian: Tensor, *, c: float, backend: str | None = None) -> 
         of :func:`min_norm_simplex` for all problems. Exact to rounding. Constants for autograd.
 
     Reference:
-        Liu et al. 2021, Conflict-averse gradient descent for multi-task learning (arXiv:2110.14048),
-        equations 2 to 4.
+        Liu et al. 2021, Conflict-averse gradient descent for multi-task learning
+        (arXiv:2110.14048), equations 2 to 4.
 
     Example:
         >>> import torch

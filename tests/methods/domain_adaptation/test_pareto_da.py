@@ -341,7 +341,8 @@ def test_refusals_of_the_surrogate():
     logits, domains = torch.zeros(4, 3), torch.zeros(4, 3, 2)
     labels = torch.zeros(4, dtype=torch.int64)
     for error, match, call in (
-        (ValueError, "logits: expected at least 2 classes", lambda: TargetMimicLoss()(logits[:, :1])),
+        (ValueError, "logits: expected at least 2 classes",
+         lambda: TargetMimicLoss()(logits[:, :1])),
         (ValueError, "logits: expected at least one sample", lambda: TargetMimicLoss()(logits[:0])),
         (TypeError, "logits: expected float32", lambda: TargetMimicLoss()(logits.long())),
         (ValueError, r"domain_logits: expected shape \(4, 3, 2\)",

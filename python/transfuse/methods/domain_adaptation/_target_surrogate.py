@@ -4,6 +4,7 @@ information with the sample, and the class-wise discriminators that refine them.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import warnings
 from collections.abc import Iterator
 
@@ -242,7 +243,7 @@ class ClasswiseDiscriminator(nn.Module):
             nn.ParameterList(),
             nn.ModuleList(),
         )
-        for given, made in zip(sizes, sizes[1:], strict=False):
+        for given, made in itertools.pairwise(sizes):
             bound = given**-0.5
             for group, shape in (
                 (self.weights, (num_classes, given, made)),
@@ -285,13 +286,14 @@ def frozen_statistics(*modules: nn.Module) -> Iterator[None]:
         for m in module.modules()
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
     ]
-    before = [(m.momentum, m.num_batches_tracked) for m in norms]
+    names = ("running_mean", "running_var", "num_batches_tracked")
+    before = [[getattr(m, name) for name in names] for m in norms]
     try:
-        for m in norms:
-            m.momentum = 0.0
-            if m.num_batches_tracked is not None:
-                m.num_batches_tracked = m.num_batches_tracked.clone()
+        for m, kept in zip(norms, before, strict=True):
+            for name, buffer in zip(names, kept, strict=True):
+                setattr(m, name, None if buffer is None else buffer.clone())
         yield
     finally:
-        for m, (momentum, count) in zip(norms, before, strict=True):
-            m.momentum, m.num_batches_tracked = momentum, count
+        for m, kept in zip(norms, before, strict=True):
+            for name, buffer in zip(names, kept, strict=True):
+                setattr(m, name, buffer)

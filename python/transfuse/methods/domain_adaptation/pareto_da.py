@@ -8,9 +8,9 @@ Labelled source, unlabelled target; shared features theta, a classifier, a domai
 class-wise domain discriminators v_k on detached features. Three losses of theta in every step: L_S
 source cross-entropy; L_D of an alignment method; L_T, minus the mutual information between target
 samples and their predictions, refined by v_k (``_target_surrogate``). L_Val is L_T on a held-out
-target batch. With G the gradients by theta and C = G G^T, a = G g_Val, weights w on the simplex come
-from a linear programme (``transfuse.ops.pareto_lp``): along a, not against the losses, while L_Val
-is above its floor; else the steepest common descent.
+target batch. With G the gradients by theta and C = G G^T, a = G g_Val, weights w on the simplex
+come from a linear programme (``transfuse.ops.pareto_lp``): along a, not against the losses, while
+L_Val is above its floor; else the steepest common descent.
 
     theta:   T sum_j w_j grad L_j            (T = 3 losses)
     others:  grad (L_S + L_D + L_cd),        L_cd the loss of the v_k
