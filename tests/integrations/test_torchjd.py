@@ -25,13 +25,16 @@ def _value(c, w):
 
 
 @pytest.mark.parametrize("count", [2, 3, 8, 20])
-def test_mgda_is_at_least_as_good(count):
-    c = _gramians(count)
-    peer = torch.stack([aggregation.MGDAWeighting(1e-5, 3000)(own) for own in c])
+def test_mgda_is_what_frank_wolfe_approaches(count):
+    c = _gramians(count, 5)
+    peer = torch.stack([aggregation.MGDAWeighting(1e-4, 500)(own) for own in c])
     ours = min_norm_simplex(c)
-    assert (_value(c, ours) <= _value(c, peer) + 1e-12).all()
-    torch.testing.assert_close(_value(c, ours), _value(c, peer), rtol=3e-2, atol=1e-3)
-    torch.testing.assert_close(ours, peer, rtol=0, atol=0.05)
+    value, better = _value(c, peer), _value(c, ours)
+    # Twice its duality gap is how far its value can be from the minimum.
+    gap = value - (c @ peer[..., None])[..., 0].amin(-1)
+    assert (better <= value + 1e-12).all()
+    assert (better >= value - 2 * gap - 1e-12).all()
+    assert (gap < 0.3 * value + 0.05).all()
     if count == 2:  # where its line search is exact
         torch.testing.assert_close(ours, peer)
 

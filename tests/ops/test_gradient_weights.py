@@ -86,7 +86,7 @@ def test_pcgrad_projects_gradients():
     assert len(distinct) > 1
     generator = torch.Generator().manual_seed(0)
     drawn = pcgrad_weights((g @ g.T).expand(400, 3, 3), generator=generator) @ g
-    seen = torch.cdist(drawn, distinct).min(1)
+    seen = (drawn[:, None] - distinct).norm(dim=2).min(1)
     assert seen.values.max() < 1e-8
     assert set(seen.indices.tolist()) == set(range(len(distinct)))
     again = pcgrad_weights((g @ g.T).expand(400, 3, 3), generator=torch.Generator().manual_seed(0))
@@ -112,7 +112,7 @@ def test_cagrad_improves_the_worst_loss_most(c):
             steps = torch.randn(4000, 3, generator=generator, dtype=torch.float64)
             assert (steps @ g.T).amin(1).max() <= 1e-9
             continue
-        assert (d - mean).norm() <= radius * (1 + 1e-9)
+        assert (d - mean).norm() <= radius + 1e-9
         steps = torch.randn(20000, 3, generator=generator, dtype=torch.float64)
         steps = steps / steps.norm(dim=1, keepdim=True)
         size = torch.rand(20000, 1, generator=generator, dtype=torch.float64).sqrt()

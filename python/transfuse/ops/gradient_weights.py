@@ -169,7 +169,7 @@ def nash_weights(gramian: Tensor, *, iterations: int = 60) -> Tensor:
     Notes:
         Damped Newton steps on the right-hand problem, which is convex and self-concordant, with
         unit diagonal; all problems at once, in float64. Where a positive combination of the
-        gradients is 0 there is no solution, and the weights grow with the iterations. The
+        gradients is 0 there is no solution, and the weights grow until a step overflows. The
         published code limits the norm of the direction afterwards; that is a scale of the weights.
         Constants for autograd.
 
@@ -198,7 +198,9 @@ def nash_weights(gramian: Tensor, *, iterations: int = 60) -> Tensor:
         step = torch.linalg.solve_ex(c + torch.diag_embed(w**-2.0), slope[..., None])[0][..., 0]
         decrement = (slope * step).sum(-1, keepdim=True).clamp_min(0.0).sqrt()
         # Full steps converge quadratically near the solution; damped ones never leave w > 0.
-        w = w - step / torch.where(decrement < 0.25, 1.0, 1.0 + decrement)
+        moved = w - step / torch.where(decrement < 0.25, 1.0, 1.0 + decrement)
+        # Without a solution the system becomes singular in the end.
+        w = torch.where((moved.isfinite() & (moved > 0)).all(-1, keepdim=True), moved, w)
     return call.unflatten(torch.where(live, w * scale, 0.0), gramian)
 
 
