@@ -16,6 +16,9 @@ namespace {
 
 constexpr double kEpsilon = 0x1p-52;
 
+// Unknowns as large as this, where the diagonal of G and the largest |q| are 1, mean that the programme is unbounded.
+constexpr double kEndless = 1e12;
+
 enum class Outcome { solved, unbounded, stopped };
 
 // One more row of a Cholesky factor of `rank` rows: solves for its entries z, given those of the matrix, and returns
@@ -244,6 +247,11 @@ class Nonnegative {
       for (int64_t k = 0; k < p_; ++k) x_[at_[k]] += step * (s_[k] - x_[at_[k]]);
       if (leaving < 0) {
         for (int64_t k = 0; k < p_; ++k) x_[at_[k]] = s_[k];
+        // Of a curvature along s that is rounding alone.
+        if (*std::max_element(s_, s_ + p_) > kEndless) {
+          std::copy(x_, x_ + n_, ray_);
+          return false;
+        }
         break;
       }
       remove(leaving, kZero);

@@ -11,6 +11,9 @@ from torch import Tensor
 
 FACES_MOST = 8
 _TINY = 1e-12
+# Unknowns as large as this, where the diagonal of G and the largest |q| are 1, mean that the
+# programme is unbounded.
+_ENDLESS = 1e12
 _BATCH_ENTRIES = 2**22  # of (problem, face, T, T) held at a time
 
 
@@ -145,6 +148,10 @@ def _active_set(
         arrived = ~partly & ~done
         reached = arrived & ~refused
         x = torch.where(reached[:, None], aim * inside, x)
+        # Of a curvature along x that is rounding alone.
+        runs = reached & (x.amax(-1) > _ENDLESS)
+        ray = torch.where(runs[:, None], x, ray)
+        endless, done, arrived = endless | runs, done | runs, arrived & ~runs
         blocked = blocked & ~reached[:, None]
         # Where the set is solved: the steepest of the others enters.
         fall = torch.where(inside | blocked, -torch.inf, -slope(x))
