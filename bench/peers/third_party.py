@@ -33,4 +33,8 @@ PEERS = (
          package="jvp_flash_attention", prepare=no_adapter),
     Peer(name="tomesd", kind="tomesd", title="tomesd token merging", package="tomesd",
          prepare=as_written),
+    Peer(name="torchjd", kind="torchjd", title="torchjd, one problem after the other",
+         package="torchjd.aggregation", prepare=as_written),
+    Peer(name="scipy", kind="scipy", title="scipy.optimize, one problem after the other",
+         package="scipy.optimize", prepare=as_written),
 )  # fmt: skip

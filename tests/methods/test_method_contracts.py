@@ -316,7 +316,49 @@ class TestLoss:
         assert torch.equal(torch.random.get_rng_state(), before)
 
 
+def _pareto_gradients(dtype, parameters):
+    generator = torch.Generator().manual_seed(0)
+    return [
+        [torch.randn(shape, generator=generator).to(dtype) for shape in parameters]
+        for _ in range(4)
+    ]
+
+
+def _pareto(aggregator, dtype):
+    *gradients, guide = _pareto_gradients(dtype, ((3, 2), (5,)))
+    return aggregator(gradients, guide, torch.tensor(0.5))
+
+
+# slug -> (aggregator, dtype) -> weights of the tasks
+AGGREGATORS = {"pareto_da": _pareto}
+
+
+@pytest.mark.parametrize("slug", methods.list(kind="aggregator"))
+class TestAggregator:
+    """Built with defaults, described, constants for autograd, the same twice, stored."""
+
+    def test_defaults_build_and_describe_themselves(self, slug):
+        aggregator = methods.get(slug)()
+        assert type(aggregator).__name__ in repr(aggregator)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_weights_are_finite_and_reproducible(self, slug, dtype):
+        before = torch.random.get_rng_state()
+        first, second = (AGGREGATORS[slug](methods.get(slug)(), dtype) for _ in range(2))
+        assert torch.equal(first, second)
+        assert first.isfinite().all()
+        assert not first.requires_grad
+        assert torch.equal(torch.random.get_rng_state(), before)
+
+    def test_stored_and_resumed(self, slug):
+        stored, resumed = methods.get(slug)(), methods.get(slug)()
+        AGGREGATORS[slug](stored, torch.float32)
+        resumed.load_state_dict(stored.state_dict())
+        again = (AGGREGATORS[slug](x, torch.float32) for x in (stored, resumed))
+        assert torch.equal(*again)
+
+
 def test_every_kind_in_use_has_a_contract():
-    tested = {"patch", "layer", "guidance", "procedure", "optimizer", "loss"}
+    tested = {"patch", "layer", "guidance", "procedure", "optimizer", "loss", "aggregator"}
     used = {methods.card(slug).kind for slug in methods.list()}
     assert used <= tested, f"write the contract test of: {sorted(used - tested)}"

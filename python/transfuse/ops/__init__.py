@@ -22,6 +22,13 @@ from transfuse.ops.cfg_step import (
 )
 from transfuse.ops.eigen import EigenPairs, Lanczos, lanczos, lanczos_eigenpairs, power_iteration
 from transfuse.ops.ggn_operator import GGNOperator
+from transfuse.ops.gradient_weights import (
+    aligned_mtl_weights,
+    cagrad_weights,
+    nash_weights,
+    pcgrad_weights,
+    upgrad_weights,
+)
 from transfuse.ops.head_curvature import (
     head_gradient,
     head_hessian_diagonal,
@@ -37,6 +44,13 @@ from transfuse.ops.low_rank_trace import hutchpp_trace, xtrace
 from transfuse.ops.nes import nes_gradient, nes_perturb
 from transfuse.ops.noise_mix import NoisyVelocity, noise_mix, noise_mix_with_velocity
 from transfuse.ops.patch_gram import patch_gram
+from transfuse.ops.simplex import (
+    NonnegativeSolution,
+    ParetoSolution,
+    min_norm_simplex,
+    nonneg_qp,
+    pareto_lp,
+)
 from transfuse.ops.spectral_density import SpectralDensity, spectral_density
 from transfuse.ops.token_merging import (
     MergePlan,
@@ -74,11 +88,15 @@ __all__ = [
     "MergePlan",
     "Nearest",
     "NoisyVelocity",
+    "NonnegativeSolution",
+    "ParetoSolution",
     "Predict",
     "SpectralDensity",
     "adain",
+    "aligned_mtl_weights",
     "attend",
     "attend_with_lse",
+    "cagrad_weights",
     "cfg_step",
     "cfg_step_with_cosine",
     "cfg_step_with_original",
@@ -100,16 +118,22 @@ __all__ = [
     "match_tokens",
     "merge_attention",
     "merge_tokens",
+    "min_norm_simplex",
+    "nash_weights",
     "nearest_tokens",
     "nes_gradient",
     "nes_perturb",
     "noise_mix",
     "noise_mix_with_velocity",
+    "nonneg_qp",
+    "pareto_lp",
     "patch_gram",
+    "pcgrad_weights",
     "power_iteration",
     "push_tokens",
     "spectral_density",
     "unmerge_tokens",
+    "upgrad_weights",
     "window_attention",
     "window_partition",
     "window_reverse",

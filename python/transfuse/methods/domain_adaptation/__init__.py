@@ -1,0 +1,1 @@
+"""Unsupervised domain adaptation: labelled source data, unlabelled target data."""
