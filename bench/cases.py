@@ -12,7 +12,7 @@ Tensors = dict[str, torch.Tensor]
 Expression = Callable[[Tensors], object]
 
 # Modules of this package that define CASES. A new op adds its module name here.
-OP_MODULES = ("attention", "window_attention", "token_merging", "adain", "diffusion")
+OP_MODULES = ("attention", "window_attention", "token_merging", "adain", "diffusion", "nes", "lora")
 
 DTYPES = {
     "float64": torch.float64,
@@ -84,7 +84,8 @@ class Workload:
     ``heads`` set means heads are independent (axis 1 of every tensor whose axis 1 has that size),
     so that the oracle may go head by head and never hold a whole float64 attention map.
     ``needs_bytes`` (by kind of expression) keeps a peer that would not fit from being started,
-    ``skips`` (by peer) one that is known to be hopeless: why.
+    ``skips`` (by peer) one that is known to be hopeless: why. ``draws`` names the kinds that draw
+    random numbers of their own, whose results are judged by their spread.
     """
 
     tensors: Tensors
@@ -102,6 +103,7 @@ class Workload:
     heads: int | None = None
     needs_bytes: dict[str, int] = field(default_factory=dict)
     skips: dict[str, str] = field(default_factory=dict)
+    draws: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)
