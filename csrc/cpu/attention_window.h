@@ -14,6 +14,15 @@ constexpr int64_t kWindowKeys = 160;  // up to 12 x 12 windows: keys, values and
 constexpr int64_t kWindowRows = 16;   // query rows of one softmax tile
 constexpr int kWindowBiases = 4;      // shapes of windows whose bias is kept
 
+static int64_t longest_window(const Windows& w) {
+  int64_t longest = 0;
+  for (int64_t i = 0; i < w.count; ++i) {
+    const int64_t length = w.offsets[i + 1] - w.offsets[i];
+    longest = length > longest ? length : longest;
+  }
+  return longest;
+}
+
 // Whether a call is of this kind: one source, windowed, with nothing but a bias.
 template <class P>
 static bool window_tiles_apply(const AttentionForward& args) {
@@ -22,13 +31,7 @@ static bool window_tiles_apply(const AttentionForward& args) {
   if (!s.windowed || s.mask.present() || s.causal != Causal::none || s.key_blend.other.present() ||
       args.query_blend.other.present())
     return false;
-  const Windows& w = args.shape.windows;
-  int64_t longest = 0;
-  for (int64_t i = 0; i < w.count; ++i) {
-    const int64_t length = w.offsets[i + 1] - w.offsets[i];
-    longest = length > longest ? length : longest;
-  }
-  return longest <= kWindowKeys;
+  return longest_window(args.shape.windows) <= kWindowKeys;
 }
 
 template <class P>
@@ -39,7 +42,7 @@ struct WindowTask {
 
   const AttentionForward& args;
   const SourceView& source;
-  const Run* ahead = nullptr;  // the run that follows, in the same head
+  const Run* ahead = nullptr;  // not used: the rows of a window are few, and the processor fetches them ahead itself
   int64_t longest = 0, ldq, ldv, lds;
   int value_vecs;
   A factor;
@@ -51,10 +54,7 @@ struct WindowTask {
 
   explicit WindowTask(const AttentionForward& a) : args(a), source(a.sources[0]) {
     const AttentionShape& s = a.shape;
-    for (int64_t w = 0; w < s.windows.count; ++w) {
-      const int64_t length = s.windows.offsets[w + 1] - s.windows.offsets[w];
-      longest = length > longest ? length : longest;
-    }
+    longest = longest_window(s.windows);
     ldq = padded_columns<A>(s.key_dim);
     ldv = round_up(s.value_dim, W);
     lds = padded_columns<A>(round_up(longest, W));
@@ -153,10 +153,8 @@ struct WindowTask {
       for (int64_t r = 0; r < count; ++r)
         shifts[r] = bias != nullptr ? logits<true>(scores + r * lds, bias + (i0 - keys.begin + r) * padded, n, vecs)
                                     : logits<false>(scores + r * lds, nullptr, n, vecs);
-      for (int64_t r = 0; r < count; ++r) {
+      for (int64_t r = 0; r < count; ++r)
         sums[r] = exponentials(scores + r * lds, shifts[r] == negative_infinity<A>() ? A(0) : shifts[r], vecs);
-        if (ahead != nullptr) prefetch(sb, b, h, kv_head, ahead->begin + (i0 - positions.begin) + r);
-      }
       // Padding rows hold zero queries, hence finite scores; their outputs go nowhere.
       gemm<P, false>(tile_rows, value_vecs, n, scores, lds, values, ldv, out, ldv, false);
       for (int64_t r = 0; r < count; ++r) {
@@ -171,10 +169,24 @@ struct WindowTask {
         const MutableView& dst = args.out;
         store_row(dst.ptr, dst.dtype, b * dst.stride[0] + h * dst.stride[1] + token * dst.stride[2], dst.stride[3],
                   shape.value_dim, o);
-        if (args.lse != nullptr)
-          static_cast<A*>(args.lse)[(b * shape.heads + h) * shape.queries + token] =
-              total == A(0) ? negative_infinity<A>() : (shifts[r] + (A)std::log2(total)) * (A)kLn2;
       }
+      if (args.lse != nullptr) store_lse(b, h, i0, count, shifts, sums);
+    }
+  }
+
+  // The logarithms of a tile's sums, vectors at a time: one by one they would cost as much as the exponentials.
+  void store_lse(int64_t b, int64_t h, int64_t i0, int64_t count, const A* shifts, A* sums) {
+    const AttentionShape& shape = args.shape;
+    const Tokens tokens = query_tokens(shape);
+    A logs[kWindowRows];
+    for (int64_t r = count; r < kWindowRows; ++r) sums[r] = A(1);
+    for (int64_t r = 0; r < kWindowRows; r += W) store(logs + r, vlog2(load<V>(sums + r)));
+    A* lse = static_cast<A*>(args.lse) + (b * shape.heads + h) * shape.queries;
+    for (int64_t r = 0; r < count; ++r) {
+      const A total = sums[r];  // NaN stays visible
+      lse[tokens[i0 + r]] = total > A(0)    ? (shifts[r] + logs[r]) * (A)kLn2
+                            : total == A(0) ? negative_infinity<A>()
+                                            : total;
     }
   }
 
@@ -214,16 +226,6 @@ struct WindowTask {
       total += p;
     }
     return horizontal_sum<A>(total);
-  }
-
-  // Asks for the rows of a position of the next window. One position per softmax row: a core waits when it asks for
-  // more lines than it can keep in flight.
-  void prefetch(int64_t sb, int64_t b, int64_t h, int64_t kv_head, int64_t position) {
-    if (position >= ahead->end) return;
-    const int64_t token = args.shape.windows.tokens[position];
-    prefetch_row(args.query, b, h, token, args.shape.key_dim);
-    prefetch_row(source.key, sb, kv_head, token, args.shape.key_dim);
-    prefetch_row(source.value, sb, kv_head, token, args.shape.value_dim);
   }
 };
 

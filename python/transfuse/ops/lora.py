@@ -46,9 +46,10 @@ def lora_linear(
     Notes:
         A composition of torch operations, on purpose. The shared part is one matrix product of all
         samples, and the low-rank part r / min(I, O) of its work; each is a library GEMM, the floor
-        here. Neither W + B A nor a weight per sample is formed: samples are grouped by expert, and
-        each group's second product is added by the GEMM itself. So experts that no sample uses cost
-        nothing, and gradients of any order are torch's own.
+        here. Neither W + B A nor a weight per sample is formed. Samples of at least r rows take the
+        factors of their own experts, in one batched product that adds to the shared part; shorter
+        ones, whose factors would be most of what is moved, are grouped by expert. Experts that no
+        sample uses cost nothing, and gradients of any order are torch's own.
 
     Reference:
         Hu et al. 2022, LoRA (arXiv:2106.09685), equation 3.
@@ -63,14 +64,23 @@ def lora_linear(
         True
     """
     chosen, scale = linear_call(x, weight, bias, down, up, scale, expert)
-    rows = bias if bias is not None and bias.dim() == 2 else None
+    if bias is not None and bias.dim() == 2:
+        shift = bias[chosen] if isinstance(chosen, int) else bias.index_select(0, chosen)
+        shared = F.linear(x, weight)
+        shift = shift.view(-1, *([1] * (x.dim() - 2)), shift.shape[-1])
+        shared = shared + shift
+    else:
+        shared = F.linear(x, weight, bias)
+    if isinstance(chosen, int):
+        low = _scaled(F.linear(x, down[chosen]), scale, chosen)
+        return _added(shared, low, up[chosen])
+    if x.dim() > 2 and x.shape[1:-1].numel() >= down.shape[1]:
+        return _gathered(x, shared, down, up, chosen, scale)
 
     def each(part: Tensor, e: int) -> Tensor:
-        shift = None if rows is None else rows[e]
-        low = _scaled(F.linear(part, down[e]), scale, e)
-        return F.linear(low, up[e], shift)
+        return F.linear(_scaled(F.linear(part, down[e]), scale, e), up[e])
 
-    return F.linear(x, weight, bias if rows is None else None) + _by_expert(x, chosen, each)
+    return shared + _by_expert(x, chosen, each)
 
 
 def lora_conv2d(
@@ -134,6 +144,23 @@ def lora_conv2d(
 
 def _scaled(low: Tensor, scale: float | Tensor, e: int) -> Tensor:
     return low * (scale[e].to(low.dtype) if isinstance(scale, Tensor) else scale)
+
+
+def _added(shared: Tensor, low: Tensor, up: Tensor) -> Tensor:
+    """``shared + low up^T``, the sum taken by the matrix product."""
+    rows = torch.addmm(shared.flatten(0, -2), low.flatten(0, -2), up.mT)
+    return rows.view(shared.shape)
+
+
+def _gathered(
+    x: Tensor, shared: Tensor, down: Tensor, up: Tensor, expert: Tensor, scale: float | Tensor
+) -> Tensor:
+    """``shared`` plus the low-rank part, a pair of factors for every sample."""
+    low = torch.bmm(x.flatten(1, -2), down.index_select(0, expert).mT)
+    if isinstance(scale, Tensor):
+        scale = scale.to(low.dtype).index_select(0, expert).view(-1, 1, 1)
+    rows = torch.baddbmm(shared.flatten(1, -2), low * scale, up.index_select(0, expert).mT)
+    return rows.view(shared.shape)
 
 
 def _by_expert(x: Tensor, expert: int | Tensor, each: Callable[[Tensor, int], Tensor]) -> Tensor:

@@ -44,9 +44,17 @@ from transfuse.methods._attention_layers import find_attention
 from transfuse.methods._hooks import HookHandle, choose_names
 from transfuse.ops import nearest_tokens, push_tokens
 
-__all__ = ["NegToMe", "NegToMeOptions", "push_all_pairs", "push_from_first", "push_from_reference"]
+__all__ = [
+    "NegToMe",
+    "NegToMeOptions",
+    "push_all_pairs",
+    "push_from_first",
+    "push_from_mean",
+    "push_from_reference",
+]
 
 VARIANTS = ("paper", "official")
+_AGAINST = ("first", "all", "mean")
 
 
 def push_from_reference(
@@ -231,6 +239,48 @@ def push_all_pairs(
     return torch.cat(pushed)
 
 
+def push_from_mean(
+    x: Tensor,
+    *,
+    alpha: float,
+    threshold: float,
+    detach: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    """Pushes every image of a batch away from the mean of the others, place by place.
+
+    An extension of the paper, as :func:`push_all_pairs`, at the cost of one reference for each
+    image whatever their number.
+
+    Args:
+        x: (F, N, D) tokens of F images.
+        alpha: Strength, at least 0.
+        threshold: Cosine that must be exceeded.
+        detach: No gradient flows into the mean.
+        backend: Backend of the ops; None chooses.
+
+    Returns:
+        Shape and dtype of x.
+
+    Raises:
+        TypeError, ValueError: An argument that does not fit.
+
+    Example:
+        >>> import torch
+        >>> from transfuse.methods.diffusion_control.neg_to_me import push_from_mean
+        >>> push_from_mean(torch.randn(3, 16, 8), alpha=0.9, threshold=0.5).shape
+        torch.Size([3, 16, 8])
+    """
+    x = _checks.tensor("x", x, ("F", "N", "D"))
+    if x.shape[0] < 2:
+        return x.clone()
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    others = ((wide.sum(0) - wide) / (x.shape[0] - 1)).to(x.dtype)
+    return push_from_reference(
+        x, others, alpha=alpha, threshold=threshold, detach=detach, backend=backend
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class NegToMeOptions:
     """How and when :class:`NegToMe` pushes.
@@ -243,6 +293,8 @@ class NegToMeOptions:
         end: Last one; None: 900 for joint transformers, 800 else.
         dropout: Probability with which a pushed token stays as it was.
         seed: Of the private generator of the dropout.
+        against: ``"first"``: image 0, as published. ``"all"`` or ``"mean"``: every image against
+            the tokens, or the token-wise mean, of all others; without mask, variant ``"paper"``.
         guidance: The batch is [unconditional ; conditional] halves, each with an image 0 of its
             own; odd batches are then refused.
         min_side: Layers of UNets with fewer than ``min_side ** 2`` tokens are left alone.
@@ -256,6 +308,7 @@ class NegToMeOptions:
     end: float | None = None
     dropout: float = 0.0
     seed: int = 0
+    against: str = "first"
     guidance: bool = False
     min_side: int = 32
     backend: str | None = None
@@ -267,6 +320,14 @@ class NegToMeOptions:
             raise ValueError(f"threshold: expected a cosine in [-1, 1], got {self.threshold}")
         if self.variant not in VARIANTS:
             raise ValueError(f"variant: expected one of {VARIANTS}, got {self.variant!r}")
+        if self.against not in _AGAINST:
+            raise ValueError(
+                f"against: expected one of {', '.join(_AGAINST)}, got {self.against!r}"
+            )
+        if self.against != "first" and self.variant != "paper":
+            raise ValueError(
+                f"against: expected 'first' with variant {self.variant!r}, got {self.against!r}"
+            )
         if not 0.0 <= self.dropout <= 1.0:
             raise ValueError(f"dropout: expected a probability, got {self.dropout}")
 
@@ -329,6 +390,8 @@ class NegToMe(HookHandle):
         self.options = NegToMeOptions() if options is None else options
         if mask is not None and (mask.dim() != 2 or mask.dtype != torch.bool):
             raise ValueError(f"mask: expected a bool tensor (H, W), got {_checks.describe(mask)}")
+        if mask is not None and self.options.against != "first":
+            raise ValueError("mask: a mask is of image 0, which against='first' alone pushes from")
         self._mask = mask
         self._joint = hasattr(model, "single_transformer_blocks")
         self._generator = torch.Generator().manual_seed(self.options.seed)
@@ -424,14 +487,14 @@ class NegToMe(HookHandle):
         threshold = options.threshold
         if threshold is None:
             threshold = 0.65 if self._joint else 0.7
-        y = push_from_first(
-            x,
-            alpha=options.alpha,
-            threshold=threshold,
-            mask=None if self._mask is None else mask_on_grid(self._mask, x.shape[1]).to(x.device),
-            variant=options.variant,
-            backend=options.backend,
-        )
+        common = {"alpha": options.alpha, "threshold": threshold, "backend": options.backend}
+        if options.against != "first":
+            push = push_all_pairs if options.against == "all" else push_from_mean
+            y = push(x, **common)
+        else:
+            mask = self._mask
+            mask = None if mask is None else mask_on_grid(mask, x.shape[1]).to(x.device)
+            y = push_from_first(x, mask=mask, variant=options.variant, **common)
         if options.dropout == 0.0:
             return y
         drawn = torch.rand(x.shape[:2], generator=self._generator).to(x.device)

@@ -94,6 +94,10 @@ _LINEAR = {
     ),
     "only expert, no bias": (Plan((2, 5), 3, 1, count=1, experts=None, bias=None), TINY),
     "rank above both widths": (Plan((2, 3), 2, 5, experts=(1, 1)), TINY),
+    "routed rows": (
+        Plan((4, 3, 5), 4, 2, experts=(2, 0, 2, 1), bias="own", own_scale=True),
+        TINY,
+    ),
     "no batch": (Plan((0, 4, 6), 3, 2, experts=()), AWKWARD),
     "no tokens": (Plan((2, 0, 6), 3, 2, experts=(1, 0)), AWKWARD),
     "rank 0": (Plan((2, 4), 3, 0, experts=(1, 0)), AWKWARD),
