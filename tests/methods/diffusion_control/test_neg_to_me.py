@@ -10,6 +10,7 @@ from transfuse.methods.diffusion_control.neg_to_me import (
     NegToMe,
     NegToMeOptions,
     mask_on_grid,
+    place_reference,
     push_all_pairs,
     push_from_first,
     push_from_mean,
@@ -123,6 +124,29 @@ def test_every_image_is_pushed_from_the_others(denoiser, against):
     assert (out - plain).abs().amax((1, 2, 3)).min() > 1e-4, "image 0 as well"
     with pytest.raises(ValueError, match="mask: a mask is of image 0"):
         NegToMe(denoiser, NegToMeOptions(against=against), mask=torch.ones(4, 4, dtype=torch.bool))
+
+
+def test_a_reference_takes_the_place_of_image_0():
+    x, own, noise = torch.randn(4, 3, 2, 2), torch.randn(3, 2, 2), torch.randn(3, 2, 2)
+    kept = x.clone()
+    level = {"noise": noise, "alpha": 0.8, "sigma": 0.6}
+    out = place_reference(x, own, **level)
+    torch.testing.assert_close(out[0], 0.8 * own + 0.6 * noise)
+    assert torch.equal(out[1:], x[1:])
+    assert torch.equal(x, kept)
+    halves = place_reference(x, own, guidance=True, **level)
+    assert torch.equal(halves[[0, 2]], out[[0, 0]])
+    assert torch.equal(halves[[1, 3]], x[[1, 3]])
+    assert torch.equal(place_reference(x, own)[0], own), "clean, as released"
+    for changes, match in (
+        ({"reference": own[:1]}, "reference: expected a tensor of shape"),
+        ({"noise": noise[None]}, "noise: expected a tensor of shape"),
+        ({"latent": x[:3], "guidance": True}, "latent: expected two halves"),
+        ({"latent": x[:0]}, "latent: expected"),
+    ):
+        arguments = {"latent": x, "reference": own, **changes}
+        with pytest.raises(ValueError, match=match):
+            place_reference(arguments.pop("latent"), arguments.pop("reference"), **arguments)
 
 
 @pytest.mark.parametrize("variant", ["paper", "official"])

@@ -21,8 +21,10 @@ Deviations, all deliberate:
   stays. With ``variant="official"`` it says, as there, which positions may be pushed. It may have
   any aspect, where the official FLUX code takes square ones.
 - The choice of tokens has no gradient; by default none flows into the reference either.
-- A reference image of the user's own (the paper's RAG setting) is image 0 of the batch; encoding it
-  and renoising it at each step is the sampling loop's business, and not done here.
+- A reference image of the user's own (the paper's RAG setting) is image 0 of the batch, put there
+  before each step by :func:`place_reference`, clean or at the step's noise level; encoding it is
+  left to the model's autoencoder.
+- ``against`` also pushes every image from all others, or from their mean: extensions.
 - A negative alpha is refused; ``transfuse.ops.push_tokens`` pulls.
 """
 
@@ -42,243 +44,26 @@ from transfuse import _checks
 from transfuse._registry import register
 from transfuse.methods._attention_layers import find_attention
 from transfuse.methods._hooks import HookHandle, choose_names
-from transfuse.ops import nearest_tokens, push_tokens
+from transfuse.methods.diffusion_control._token_pushing import (
+    VARIANTS,
+    place_reference,
+    push_all_pairs,
+    push_from_first,
+    push_from_mean,
+    push_from_reference,
+)
 
 __all__ = [
     "NegToMe",
     "NegToMeOptions",
+    "place_reference",
     "push_all_pairs",
     "push_from_first",
     "push_from_mean",
     "push_from_reference",
 ]
 
-VARIANTS = ("paper", "official")
 _AGAINST = ("first", "all", "mean")
-
-
-def push_from_reference(
-    x: Tensor,
-    reference: Tensor,
-    *,
-    alpha: float,
-    threshold: float,
-    mask: Tensor | None = None,
-    variant: str = "paper",
-    detach: bool = True,
-    backend: str | None = None,
-) -> Tensor:
-    r"""Pushes the tokens of images away from those of a reference.
-
-    .. math:: y_i = x_i + \alpha (x_i - r_{j(i)}) \quad\text{if}\quad \cos(x_i, r_{j(i)}) > \tau
-
-    Args:
-        x: (F, N, D) tokens of F images.
-        reference: (M, D), (1, M, D) or (F, M, D); M = N with ``variant="official"``.
-        alpha: Strength, at least 0.
-        threshold: Cosine in [-1, 1] that must be exceeded.
-        mask: (M,) bool, tokens of the reference that may be matched (official: positions that may
-            be pushed). None: all.
-        variant: ``"paper"`` or ``"official"``, see the module.
-        detach: No gradient flows into the reference.
-        backend: Backend of the ops; None chooses.
-
-    Returns:
-        Shape and dtype of x. Tokens that are not pushed are the same bits.
-
-    Raises:
-        TypeError, ValueError: An argument that does not fit.
-
-    Reference:
-        Singh et al. 2024 (arXiv:2412.01339), section 3.
-
-    Example:
-        >>> import torch
-        >>> from transfuse.methods.diffusion_control.neg_to_me import push_from_reference
-        >>> x, reference = torch.tensor([[[1.0, 0.2]]]), torch.tensor([[1.0, 0.0]])
-        >>> push_from_reference(x, reference, alpha=0.5, threshold=0.9)
-        tensor([[[1.0000, 0.3000]]])
-    """
-    if variant not in VARIANTS:
-        raise ValueError(f"variant: expected one of {VARIANTS}, got {variant!r}")
-    if _checks.number("alpha", alpha) < 0.0:
-        raise ValueError(f"alpha: expected a number of at least 0, got {alpha}; push_tokens pulls")
-    if isinstance(reference, Tensor) and reference.dim() == 2:
-        reference = reference[None]
-    reference = reference.detach() if detach else reference
-    push = push_tokens if variant == "paper" else _push_official
-    return push(x, reference, mask=mask, alpha=alpha, threshold=threshold, backend=backend)
-
-
-def _push_official(
-    x: Tensor,
-    reference: Tensor,
-    *,
-    mask: Tensor | None,
-    alpha: float,
-    threshold: float,
-    backend: str | None,
-) -> Tensor:
-    """The official code's maximum over the generated tokens, for every position."""
-    if reference.shape[-2] != x.shape[-2]:
-        raise ValueError(
-            f"reference: expected {x.shape[-2]} tokens (those of x) with variant 'official', "
-            f"got {reference.shape[-2]}"
-        )
-    threshold = _checks.number("threshold", threshold)
-    if not -1.0 <= threshold <= 1.0:
-        raise ValueError(f"threshold: expected a cosine in [-1, 1], got {threshold}")
-    reference = reference.expand(x.shape[0], -1, -1)
-    found = nearest_tokens(reference.detach(), x.detach(), backend=backend)
-    pushed = found.similarity > threshold
-    if mask is not None:
-        if mask.dtype != torch.bool or mask.shape != (x.shape[1],):
-            raise ValueError(
-                f"mask: expected a bool tensor of shape ({x.shape[1]},), "
-                f"got {_checks.describe(mask)}"
-            )
-        pushed = pushed & mask
-    if x.numel() == 0:
-        return x.clone()
-    index = found.index[..., None].expand(-1, -1, x.shape[2])
-    wide = torch.promote_types(x.dtype, torch.float32)
-    other, own = reference.gather(1, index).to(wide), x.to(wide)
-    moved = (own + alpha * (own - other)).to(x.dtype)
-    return torch.where(pushed[..., None], moved, x)
-
-
-def push_from_first(
-    x: Tensor,
-    *,
-    alpha: float,
-    threshold: float,
-    mask: Tensor | None = None,
-    variant: str = "paper",
-    detach: bool = True,
-    backend: str | None = None,
-) -> Tensor:
-    """Pushes images 1, 2, ... of a batch away from image 0, which stays as it is.
-
-    Args:
-        x: (F, N, D) tokens of F images.
-        alpha: As for :func:`push_from_reference`, like everything else.
-        threshold: Cosine that must be exceeded.
-        mask: (N,) bool.
-        variant: ``"paper"`` or ``"official"``.
-        detach: No gradient flows into image 0 from what is pushed.
-        backend: Backend of the ops; None chooses.
-
-    Returns:
-        Shape and dtype of x.
-
-    Raises:
-        TypeError, ValueError: An argument that does not fit.
-
-    Example:
-        >>> import torch
-        >>> from transfuse.methods.diffusion_control.neg_to_me import push_from_first
-        >>> x = torch.randn(3, 16, 8)
-        >>> y = push_from_first(x, alpha=0.9, threshold=0.5)
-        >>> torch.equal(y[0], x[0]), y.shape
-        (True, torch.Size([3, 16, 8]))
-    """
-    x = _checks.tensor("x", x, ("F", "N", "D"))
-    rest = push_from_reference(
-        x[1:],
-        x[:1],
-        alpha=alpha,
-        threshold=threshold,
-        mask=mask,
-        variant=variant,
-        detach=detach,
-        backend=backend,
-    )
-    return torch.cat([x[:1], rest])
-
-
-def push_all_pairs(
-    x: Tensor, *, alpha: float, threshold: float, detach: bool = True, backend: str | None = None
-) -> Tensor:
-    """Pushes every image of a batch away from the tokens of all others (an extension).
-
-    Args:
-        x: (F, N, D) tokens of F images.
-        alpha: Strength, at least 0.
-        threshold: Cosine that must be exceeded.
-        detach: No gradient flows into the tokens that are pushed from.
-        backend: Backend of the ops; None chooses.
-
-    Returns:
-        Shape and dtype of x.
-
-    Raises:
-        TypeError, ValueError: An argument that does not fit.
-
-    Example:
-        >>> import torch
-        >>> from transfuse.methods.diffusion_control.neg_to_me import push_all_pairs
-        >>> push_all_pairs(torch.randn(3, 16, 8), alpha=0.9, threshold=0.5).shape
-        torch.Size([3, 16, 8])
-    """
-    x = _checks.tensor("x", x, ("F", "N", "D"))
-    if x.shape[0] < 2:
-        return x.clone()
-    pushed = []
-    for f in range(x.shape[0]):
-        others = torch.cat([x[:f], x[f + 1 :]]).flatten(0, 1)
-        pushed.append(
-            push_from_reference(
-                x[f : f + 1],
-                others,
-                alpha=alpha,
-                threshold=threshold,
-                detach=detach,
-                backend=backend,
-            )
-        )
-    return torch.cat(pushed)
-
-
-def push_from_mean(
-    x: Tensor,
-    *,
-    alpha: float,
-    threshold: float,
-    detach: bool = True,
-    backend: str | None = None,
-) -> Tensor:
-    """Pushes every image of a batch away from the mean of the others, place by place.
-
-    An extension of the paper, as :func:`push_all_pairs`, at the cost of one reference for each
-    image whatever their number.
-
-    Args:
-        x: (F, N, D) tokens of F images.
-        alpha: Strength, at least 0.
-        threshold: Cosine that must be exceeded.
-        detach: No gradient flows into the mean.
-        backend: Backend of the ops; None chooses.
-
-    Returns:
-        Shape and dtype of x.
-
-    Raises:
-        TypeError, ValueError: An argument that does not fit.
-
-    Example:
-        >>> import torch
-        >>> from transfuse.methods.diffusion_control.neg_to_me import push_from_mean
-        >>> push_from_mean(torch.randn(3, 16, 8), alpha=0.9, threshold=0.5).shape
-        torch.Size([3, 16, 8])
-    """
-    x = _checks.tensor("x", x, ("F", "N", "D"))
-    if x.shape[0] < 2:
-        return x.clone()
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    others = ((wide.sum(0) - wide) / (x.shape[0] - 1)).to(x.dtype)
-    return push_from_reference(
-        x, others, alpha=alpha, threshold=threshold, detach=detach, backend=backend
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -355,7 +140,7 @@ class NegToMeOptions:
     arxiv="2412.01339",
     repository="https://github.com/1jsingh/negtome",
     kind="patch",
-    ops=("nearest_tokens", "push_tokens"),
+    ops=("nearest_tokens", "push_tokens", "noise_mix"),
 )
 class NegToMe(HookHandle):
     """Pushes the images of a batch away from the first, in a model's attention layers.
