@@ -158,16 +158,9 @@ class Gate:
         ``slack``, as a part of the largest value of an output, is for random estimates.
         """
         outputs = tuple(tensor.detach() for tensor in outputs)
-        if len(outputs) != len(self._shapes):
-            return _refuse(f"returned {len(outputs)} outputs, expected {len(self._shapes)}")
-        for index, output in enumerate(outputs):
-            if tuple(output.shape) != self._shapes[index]:
-                got, expected = tuple(output.shape), self._shapes[index]
-                return _refuse(f"output {index} has shape {got}, expected {expected}")
-            if output.dtype != self._dtypes[index]:
-                return _refuse(
-                    f"output {index} has dtype {output.dtype}, expected {self._dtypes[index]}"
-                )
+        misfit = self._misfit(outputs)
+        if misfit is not None:
+            return misfit
         worst = Verdict(True, 0.0, math.inf)
         for index, output in enumerate(self._judged(outputs)):
             verdict = compare(
@@ -188,6 +181,41 @@ class Gate:
             if verdict.error * worst.tolerance > worst.error * verdict.limit or index == 0:
                 worst = Verdict(True, verdict.error, verdict.limit)
         return worst
+
+    def judge_draw(self, outputs: Outputs) -> Verdict:
+        """Compare the mean and the spread of another draw of the same random numbers with the
+        oracle's, within six standard errors of two independent draws."""
+        outputs = tuple(tensor.detach() for tensor in outputs)
+        misfit = self._misfit(outputs)
+        if misfit is not None:
+            return misfit
+        worst = Verdict(True, 0.0, math.inf)
+        for index, (output, truth) in enumerate(zip(outputs, self._truth, strict=True)):
+            spread = truth.std(correction=0)
+            limit = 6.0 * (2.0 / truth.numel()) ** 0.5
+            wide = output.to(torch.float64)
+            errors = (wide.mean() - truth.mean()) / spread, wide.std(correction=0) / spread - 1.0
+            error = max(abs(e.item()) for e in errors)
+            if not error <= limit:
+                reason = f"wrong: output {index}, not a draw of the same numbers"
+                return Verdict(False, error, limit, f"{reason} ({error:.3g}, allowed {limit:.3g})")
+            if error * worst.tolerance > worst.error * limit or index == 0:
+                worst = Verdict(True, error, limit)
+        return worst
+
+    def _misfit(self, outputs: Outputs) -> Verdict | None:
+        """What is wrong with the number, shapes or dtypes of outputs; None if nothing."""
+        if len(outputs) != len(self._shapes):
+            return _refuse(f"returned {len(outputs)} outputs, expected {len(self._shapes)}")
+        for index, output in enumerate(outputs):
+            if tuple(output.shape) != self._shapes[index]:
+                got, expected = tuple(output.shape), self._shapes[index]
+                return _refuse(f"output {index} has shape {got}, expected {expected}")
+            if output.dtype != self._dtypes[index]:
+                return _refuse(
+                    f"output {index} has dtype {output.dtype}, expected {self._dtypes[index]}"
+                )
+        return None
 
     def _judged(self, outputs: Outputs) -> Outputs:
         if self._mode != "hvp":

@@ -57,6 +57,7 @@ class Row:
     role: str
     status: str = "ok"
     reason: str | None = None
+    draw: bool = False  # of random numbers of its own
     call: Callable[[], tuple[torch.Tensor, ...]] | None = None
     error: float | None = None
     tolerance: float | None = None
@@ -184,7 +185,7 @@ def _collect(case: Case, workload: Workload, setup: Setup, settings: Settings) -
         names = case.quick_peers if settings.quick else case.peers
     for name in names:
         peer = settings.registry[name]
-        row = Row(name, peer.title, "peer")
+        row = Row(name, peer.title, "peer", draw=peer.kind in workload.draws)
         rows.append(row)
         why_not = _why_not(peer, workload, setup, settings)
         if why_not is not None:
@@ -250,7 +251,7 @@ def _admit(row: Row, gate: Gate, slack: float) -> None:
             row.drop("failed", first_line(error))
         return
     row.prepare_seconds = time.monotonic() - start
-    verdict = gate.judge(outputs, slack=slack)
+    verdict = gate.judge_draw(outputs) if row.draw else gate.judge(outputs, slack=slack)
     row.error, row.tolerance = verdict.error, verdict.tolerance
     if not verdict.passed:
         row.drop("failed", verdict.reason)

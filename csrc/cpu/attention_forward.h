@@ -4,7 +4,7 @@
 // little against using it. Nothing larger than a tile and the task's own rows is stored.
 #pragma once
 
-#include "attention_tiles.h"
+#include "attention_window.h"
 
 namespace transfuse {
 namespace TRANSFUSE_ISA {
@@ -286,6 +286,26 @@ struct ForwardTask {
   }
 };
 
+// How many of the runs of `queries` rows make about `rows` rows.
+TRANSFUSE_INLINE int64_t runs_together(int64_t runs, int64_t queries, int64_t rows) { return runs * rows / queries; }
+
+// Small windows are too little for a task: `group` of them share one, each fetching rows of the next.
+template <class Task>
+static void for_each_run(const Parallel& parallel, int64_t batch_heads, const Runs& runs, int64_t group,
+                         const Task& prototype, int64_t heads) {
+  group = group < 1 ? 1 : group;
+  const int64_t groups = (runs.count + group - 1) / group;
+  for_each_task(parallel, batch_heads * groups, [&](int64_t task) {
+    Task t = prototype;
+    t.carve(static_cast<char*>(thread_scratch(t.carve(nullptr))));
+    const int64_t bh = task / groups, b = bh / heads, h = bh % heads, first = task % groups * group;
+    for (int64_t i = first; i < first + group && i < runs.count; ++i) {
+      t.ahead = group > 1 && i + 1 < runs.count ? runs.list.data + i + 1 : nullptr;
+      t.run(b, h, runs.list.data[i]);
+    }
+  });
+}
+
 template <class P>
 static void forward_with(const AttentionForward& args, const Parallel& parallel) {
   using A = typename P::Acc;
@@ -301,19 +321,16 @@ static void forward_with(const AttentionForward& args, const Parallel& parallel)
   if (chunk > round_up(s.queries, kBlockRows)) chunk = round_up(s.queries, kBlockRows);
   if (chunk == 0) return;
   const Runs runs(s, chunk);
-  // Small windows are too little for a task: several share one, each fetching rows of the next.
-  constexpr int64_t kRowsWorthATask = 256;
-  const int64_t together = s.windows.present() ? runs.count * kRowsWorthATask / s.queries : 1;
-  const int64_t group = together < 1 ? 1 : together, groups = (runs.count + group - 1) / group;
-  for_each_task(parallel, heads * groups, [&](int64_t task) {
-    ForwardTask<P> t(args, chunk);
-    t.carve(static_cast<char*>(thread_scratch(t.carve(nullptr))));
-    const int64_t bh = task / groups, b = bh / s.heads, h = bh % s.heads, first = task % groups * group;
-    for (int64_t i = first; i < first + group && i < runs.count; ++i) {
-      t.ahead = group > 1 && i + 1 < runs.count ? runs.list.data + i + 1 : nullptr;
-      t.run(b, h, runs.list.data[i]);
+  if constexpr (P::kDepth == 1) {
+    if (window_tiles_apply<P>(args)) {
+      // Neighbours in a task share a bias; several tasks for every thread balance the load.
+      const int64_t most = heads * runs.count / (4 * parallel.threads);
+      const int64_t group = runs_together(runs.count, s.queries, 2048);
+      return for_each_run(parallel, heads, runs, group < most ? group : most, WindowTask<P>(args), s.heads);
     }
-  });
+  }
+  const int64_t group = s.windows.present() ? runs_together(runs.count, s.queries, 256) : 1;
+  for_each_run(parallel, heads, runs, group, ForwardTask<P>(args, chunk), s.heads);
 }
 
 static void attention_forward(const AttentionForward& args, const Parallel& parallel) {

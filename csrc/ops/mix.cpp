@@ -47,7 +47,9 @@ std::tuple<TensorList, Tensor> mix(const TensorList& inputs, const OptionalTenso
 
   TensorList results;
   for (int j = 0; j < args.outputs; ++j) results.push_back(new_result(first, shape, args.count));
-  Tensor products = new_zeros(first, {args.batch, args.pairs}, ScalarType::Double);
+  const std::vector<int64_t> table = {args.batch, args.pairs};
+  Tensor products =
+      args.pairs > 0 ? new_zeros(first, table, ScalarType::Double) : new_empty(first, table, ScalarType::Double);
 
   const Tensor layout = results.empty() ? new_result(first, shape, args.count) : results[0];
   TensorList copies;  // of inputs that lie otherwise

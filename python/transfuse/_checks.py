@@ -36,12 +36,18 @@ def describe(value: object) -> str:
     return f"an object of type {type(value).__name__}"
 
 
-def tensor(name: str, value: object, axes: Sequence[str]) -> Tensor:
-    """A dense tensor with one dimension per entry of ``axes`` (``("B", "H", "N", "D")``)."""
+def dense(name: str, value: object) -> Tensor:
+    """A dense tensor of any shape."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {describe(value)}")
     if value.layout is not torch.strided:
         raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {value.layout}")
+    return value
+
+
+def tensor(name: str, value: object, axes: Sequence[str]) -> Tensor:
+    """A dense tensor with one dimension per entry of ``axes`` (``("B", "H", "N", "D")``)."""
+    value = dense(name, value)
     if value.dim() != len(axes):
         raise ValueError(
             f"{name}: expected {len(axes)} dimensions ({', '.join(axes)}), "
@@ -86,7 +92,10 @@ def size(name: str, value: Tensor, dim: int, expected: int, meaning: str) -> Non
 
 def number(name: str, value: object, *, positive: bool = False) -> float:
     """A finite Python number, greater than zero if ``positive``."""
-    if isinstance(value, bool) or not isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
+    # A plain float is the usual case, and a call of a small op has several.
+    if type(value) is not float and (
+        isinstance(value, bool) or not isinstance(value, (float, int, torch.SymFloat, torch.SymInt))
+    ):
         raise TypeError(f"{name}: expected a Python number, got {describe(value)}")
     result = float(value)
     if not math.isfinite(result):

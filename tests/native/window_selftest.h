@@ -35,8 +35,8 @@ inline WindowedProblem make_windowed(uint64_t seed) {
   g.pad = pick(0, 1) != 0;
   g.bias = (Grid::Bias)pick(0, 2);
   for (int a = 0; a < g.axes; ++a) {
-    g.size[a] = g.axes == 1 ? pick(0, 150) : pick(1, g.axes == 2 ? 13 : 5);
-    g.window[a] = pick(1, g.axes == 1 ? 130 : 6);
+    g.size[a] = g.axes == 1 ? pick(0, 300) : pick(1, g.axes == 2 ? 13 : 5);
+    g.window[a] = pick(1, g.axes == 1 ? 260 : 6);
     g.shift[a] = pick(-7, 7);
   }
   p.tokens = g.tokens();

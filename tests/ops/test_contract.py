@@ -51,8 +51,15 @@ def _kernel(backend: str) -> bool:
     return backend != "reference"
 
 
+def _compared(spec: OpSpec, backend: str) -> bool:
+    """The only backend of a composed op is compared with the op's reference."""
+    return _kernel(backend) or spec.backends == ("reference",)
+
+
 def _derivable(spec: OpSpec, backend: str, dtype: torch.dtype, case: Case) -> bool:
-    if not _kernel(backend) and spec.backends != ("reference",):
+    if spec.underivable is not None:
+        return False
+    if not _compared(spec, backend):
         return dtype == torch.float32 and case.name in spec.gradcheck
     return "real" not in case.tags or dtype in (torch.float32, torch.bfloat16)
 
@@ -93,6 +100,7 @@ class Judge:
         backend: str | None,
     ) -> None:
         self.dtype = dtype
+        self.derivable = spec.underivable is None
         self.names = tuple(names)
         self.tensors = args.tensors
         self.fn = oracle.function(args, spec.op, backend)
@@ -233,7 +241,11 @@ def test_double_backward(
     assert_none(j.differences(results, j.second, units=SECOND_UNITS, terms=(*first, *second)))
 
 
-@over("backend", "case", keep=lambda spec, backend, case: case.name in spec.gradcheck)
+def _checked_by_differences(spec: OpSpec, backend: str, case: Case) -> bool:
+    return case.name in spec.gradcheck and spec.underivable is None
+
+
+@over("backend", "case", keep=_checked_by_differences)
 def test_gradcheck(spec: OpSpec, backend: str, case: Case, device_for) -> None:
     if not _kernel(backend) and case.name != spec.gradcheck[0]:
         pytest.skip("the reference is torch's own autograd")
@@ -310,7 +322,9 @@ def test_opcheck(spec: OpSpec, backend: str, device_for) -> None:
 @over(
     "backend",
     "case",
-    keep=lambda spec, backend, case: _kernel(backend) and case.name == spec.gradcheck[0],
+    keep=lambda spec, backend, case: (
+        _kernel(backend) and case.name == spec.gradcheck[0] and spec.underivable is None
+    ),
 )
 def test_change_between_forward_and_backward_is_noticed(
     spec: OpSpec, backend: str, case: Case, device_for
@@ -343,6 +357,8 @@ def test_change_between_forward_and_backward_is_noticed(
 
 def _ways(j: Judge) -> dict[str, Callable[[Tensors], Sequence[Tensor]]]:
     """Everything a kernel computes, as functions of the tensors."""
+    if not j.derivable:
+        return {"value": lambda tensors: j.values(j.fn, tensors)}
     return {
         "value": lambda tensors: j.values(j.fn, tensors),
         "gradient": lambda tensors: j.gradients(j.fn, tensors),
@@ -376,7 +392,7 @@ def test_strides(spec: OpSpec, backend: str, dtype: torch.dtype, case: Case, dev
         strided = {name: inputs.strided(tensor, kind) for name, tensor in j.tensors.items()}
         plain = {name: tensor.contiguous() for name, tensor in strided.items()}
         own = [inputs.strided(c, kind) for c in cotangents]
-        for way in ("value", "gradient"):
+        for way in [way for way in _ways(j) if way in ("value", "gradient")]:
             j.replace_cotangents([c.contiguous() for c in own])
             expected = _ways(j)[way](plain)
             j.replace_cotangents(own)
@@ -429,6 +445,29 @@ def test_same_bits_every_time(
             assert_same_bits(other, results[0])
 
 
+# -- noise --------------------------------------------------------------------------------------
+
+
+@over("backend", keep=lambda spec, backend: spec.noise is not None)
+def test_noise_depends_on_its_seed_alone(spec: OpSpec, backend: str, device_for) -> None:
+    """On no global generator, which it leaves as it was."""
+    device = device_for(spec, backend, torch.float32)
+    case = spec.noise(3)
+    args = case.build(torch.float32, device)
+    call = oracle.function(args, spec.op, backend)
+    results = []
+    for state in (0, 1):
+        torch.manual_seed(state)
+        before = torch.get_rng_state()
+        results.append(call(args.tensors))
+        assert torch.equal(torch.get_rng_state(), before)
+    assert_same_bits(*results)
+    for seed in (4, 3 + 2**32):
+        other = oracle.function(spec.noise(seed).build(torch.float32, device), spec.op, backend)
+        for one, two in zip(results[0], other(args.tensors), strict=True):
+            assert not torch.equal(one, two), f"seeds 3 and {seed} give the same"
+
+
 # -- refusals -----------------------------------------------------------------------------------
 
 
@@ -467,7 +506,7 @@ def test_documented(spec: OpSpec) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=_name)
-@over("backend", keep=lambda spec, backend: spec.fuzz is not None and _kernel(backend))
+@over("backend", keep=lambda spec, backend: spec.fuzz is not None and _compared(spec, backend))
 def test_fuzz(spec: OpSpec, backend: str, dtype: torch.dtype, device_for) -> None:
     device = device_for(spec, backend, dtype)
 
@@ -489,8 +528,9 @@ def test_fuzz(spec: OpSpec, backend: str, dtype: torch.dtype, device_for) -> Non
         results = j.values(j.fn, j.tensors)
         terms = tuple(j.tensors.values())
         problems = j.differences(results, j.values, units=VALUE_UNITS, terms=terms)
-        results = j.gradients(j.fn, j.tensors)
-        problems += j.differences(results, j.gradients, units=2 * GRADIENT_UNITS, terms=())
+        if j.derivable:
+            results = j.gradients(j.fn, j.tensors)
+            problems += j.differences(results, j.gradients, units=2 * GRADIENT_UNITS, terms=())
         assert not problems, "\n".join([case.name, *problems])
 
     check()
@@ -520,7 +560,7 @@ class _ZeroTangent(torch.autograd.Function):
         return torch.zeros_like(tangent)
 
 
-def _toy(op: Callable[..., Tensor]) -> OpSpec:
+def _toy(op: Callable[..., Tensor], **fields: object) -> OpSpec:
     """A spec of ``sin`` for an implementation of it."""
 
     def make(dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> CallArgs:
@@ -538,6 +578,7 @@ def _toy(op: Callable[..., Tensor]) -> OpSpec:
         bytes=lambda args: 0,
         errors=(),
         gradcheck=("case",),
+        **fields,
     )
 
 
@@ -558,6 +599,26 @@ def test_transforms_catch_a_silent_zero() -> None:
     assert found["vmap, all tensors"] == "raises"
     found = _statuses(lambda x: x.detach().sin() + 0.0 * x)
     assert found["backward"] == found["func.grad"] == found["func.vjp"] == "wrong"
+
+
+def test_a_promised_refusal_must_come() -> None:
+    """And with the promised words: that a result has no graph is not one."""
+
+    def refuse(x: Tensor) -> Tensor:
+        if x.requires_grad:
+            raise NotImplementedError("no derivative here")
+        return x.detach().sin()
+
+    for op, status, allowed in (
+        (torch.sin, "wrong", False),
+        (lambda x: x.detach().sin(), "raises", False),
+        (refuse, "raises", True),
+    ):
+        spec = _toy(op, underivable="no derivative here")
+        (check,) = [check for check in functorch.CHECKS if check.name == "backward"]
+        outcome = functorch.run(check, spec, spec.cases[0], backend=None)
+        assert outcome.status == status
+        assert functorch.refusal_allowed(check, spec, outcome.detail) == allowed
 
 
 @pytest.mark.parametrize("kind", inputs.FRAMES)

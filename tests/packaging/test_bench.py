@@ -14,7 +14,6 @@ from transfuse.bench import allocator, harness, inputs, machine, memory, peers, 
 from transfuse.bench.__main__ import main
 from transfuse.bench.cases import (
     GRAD,
-    OP_MODULES,
     Case,
     Setup,
     Target,
@@ -618,8 +617,16 @@ class TestMain:
         assert main(arguments) == 2
         assert message in capsys.readouterr().err
 
-    @pytest.mark.parametrize("op", OP_MODULES)
-    @pytest.mark.parametrize("mode", ["forward", "backward", "full"])
+    @pytest.mark.parametrize(
+        ("op", "mode"),
+        [
+            (op, mode)
+            for op, cases in load_cases().items()
+            for case in cases
+            if case.name == "tiny"
+            for mode in case.modes
+        ],
+    )
     def test_a_tiny_run_from_end_to_end(self, op, mode, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(machine, "measure_limits", fake_limits)
         path = tmp_path / "record.json"
@@ -638,6 +645,10 @@ class TestMain:
         # Against itself, generously: machines that run tests are busy.
         again = ["--baseline", str(path), "--fail-over", "1000"]
         assert main([*arguments[:-2], "--seconds", "0.05", *again]) == 0
+
+    def test_every_op_has_a_tiny_case(self):
+        for op, cases in load_cases().items():
+            assert "tiny" in [case.name for case in cases], op
 
     def test_second_derivatives(self, tmp_path, monkeypatch):
         monkeypatch.setattr(machine, "measure_limits", fake_limits)
@@ -736,3 +747,26 @@ def test_a_wrong_product_stops_the_curvature_benchmark(monkeypatch):
     problem = curvature._vit(1, 5)
     with pytest.raises(RuntimeError, match="transfuse: the product is off by"):
         curvature.check_products(problem, ["transfuse"])
+
+
+def test_draws_of_their_own_are_judged_by_their_spread():
+    """Another draw of the same numbers passes where the oracle's own numbers differ throughout."""
+
+    def noise(seed: int, scale: float = 1.0):
+        def call(t):
+            generator = torch.Generator().manual_seed(seed)
+            x = t["x"]
+            return scale * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
+
+        return call
+
+    expressions = {"eager": noise(1)}
+    options = {"ours": noise(0), "reference": noise(0)}
+    result = run(make_case(expressions=expressions, draws=frozenset({"eager"}), **options))
+    assert row(result, "eager")["status"] == "ok"
+    assert row(run(make_case(expressions=expressions, **options)), "eager")["status"] == "failed"
+    for wrong in (noise(1, 3.0), lambda t: noise(1)(t) + 3.0, lambda t: noise(1)(t)[:1]):
+        case = make_case(expressions={"eager": wrong}, draws=frozenset({"eager"}), **options)
+        found = row(run(case), "eager")
+        assert found["status"] == "failed"
+        assert found["reason"].startswith("wrong: ")

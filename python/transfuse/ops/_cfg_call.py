@@ -27,9 +27,7 @@ class Call(NamedTuple):
 
 def batched(name: str, value: object) -> Tensor:
     """A dense floating tensor (B, ...)."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {_checks.describe(value)}")
-    _checks.tensor(name, value, ["axis"] * value.dim())
+    value = _checks.dense(name, value)
     _checks.floating(name, value)
     if value.dim() == 0:
         raise ValueError(f"{name}: expected shape (B, ...), got no dimension")
@@ -38,9 +36,7 @@ def batched(name: str, value: object) -> Tensor:
 
 def companion(name: str, value: object, of: str, like: Tensor) -> Tensor:
     """A tensor of the shape, dtype and device of another."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {_checks.describe(value)}")
-    _checks.tensor(name, value, ["axis"] * value.dim())
+    value = _checks.dense(name, value)
     _checks.same_dtype(name, value, of, like)
     _checks.same_device(name, value, of, like)
     if value.shape != like.shape:

@@ -63,12 +63,15 @@ def mix(
         pairs: products wanted, as pairs of numbers of inputs.
         backend: ``"cpu"`` or ``"triton"``.
     """
-    if read_at_once(backend, (*inputs, *(n for row in rows for n in row))):
-        static = Static(len(inputs), len(rows), pairs, _numbers(rows), backend)
+    entries = [number for row in rows for number in row]
+    if read_at_once(backend, (*inputs, *entries)):
+        numbers = _numbers(entries)
+        flat = [at for pair in pairs for at in pair]
         # Nothing is differentiated: past the autograd kernel, which costs as much as a small call.
         with torch._C._AutoDispatchBelowAutograd():
-            results = forward(static, (*inputs, None))
-        return Mixed(list(results[:-1]), results[-1])
+            return Mixed(
+                *torch.ops.transfuse.mix.default(list(inputs), None, numbers, len(rows), flat)
+            )
     numbers, coefficients = _pack(rows, inputs[0])
     static = Static(len(inputs), len(rows), pairs, numbers, backend)
     tensors = (*inputs, coefficients)
@@ -84,26 +87,31 @@ def read_at_once(backend: str, entries: Sequence[object]) -> bool:
     nothing waits, and where no derivative, transform or compiler watches."""
     if backend != "cpu" or torch.compiler.is_compiling():
         return False
-    tensors = [t for t in entries if isinstance(t, Tensor)]
-    # A subclass (FakeTensor above all) has no numbers to read.
-    if any(type(t) is not Tensor and type(t) is not torch.nn.Parameter for t in tensors):
-        return False
+    tensors = []
+    for entry in entries:
+        kind = type(entry)
+        if kind is Tensor or kind is torch.nn.Parameter:
+            tensors.append(entry)
+        elif kind is not float and isinstance(entry, Tensor):
+            return False  # a subclass (FakeTensor above all) has no numbers to read
     return not needs_derivative(tensors)
 
 
-def _numbers(rows: Sequence[Sequence[Number | list[float]]]) -> tuple[float, ...]:
-    """All coefficients as numbers: one row for all samples, or one after the other for each."""
-    flat = [entry.tolist() if isinstance(entry, Tensor) else entry for row in rows for entry in row]
+def _numbers(entries: Sequence[Number | list[float]]) -> list[float]:
+    """All coefficients as numbers: those of all samples, or of one sample after the other."""
+    if all(type(entry) is float for entry in entries):
+        return list(entries)  # type: ignore[arg-type]
+    flat = [entry.tolist() if isinstance(entry, Tensor) else entry for entry in entries]
     batch = max((len(entry) for entry in flat if isinstance(entry, list)), default=None)
     if batch is None:
-        return tuple(flat)  # type: ignore[arg-type]
+        return flat  # type: ignore[return-value]
     columns = [
         (entry if len(entry) == batch else entry * batch)
         if isinstance(entry, list)
         else [entry] * batch
         for entry in flat
     ]
-    return tuple(number for row in zip(*columns, strict=True) for number in row)
+    return [number for row in zip(*columns, strict=True) for number in row]
 
 
 def _pack(

@@ -77,6 +77,6 @@ def perturb(
 def gradient(weights: Tensor, like: Tensor, seed: int, start: int, mask: Tensor | None) -> Tensor:
     """``sum_i weights_i noise_i``, one sample after the other."""
     total = torch.zeros(like.shape, dtype=working_dtype(like), device=like.device)
-    for i, weight in enumerate(weights.tolist()):
+    for i, weight in enumerate(weights.unbind()):
         total += weight * sample_noise(seed, start + i, like, mask)
     return total

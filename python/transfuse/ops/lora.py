@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transfuse import _checks
+from transfuse.ops._lora_call import conv2d_call, linear_call
 
 __all__ = ["lora_conv2d", "lora_linear"]
 
@@ -47,9 +46,10 @@ def lora_linear(
     Notes:
         A composition of torch operations, on purpose. The shared part is one matrix product of all
         samples, and the low-rank part r / min(I, O) of its work; each is a library GEMM, the floor
-        here. Neither W + B A nor a weight per sample is formed: samples are grouped by expert, and
-        each group's second product is added by the GEMM itself. So experts that no sample uses cost
-        nothing, and gradients of any order are torch's own.
+        here. Neither W + B A nor a weight per sample is formed. Samples of at least r rows take the
+        factors of their own experts, in one batched product that adds to the shared part; shorter
+        ones, whose factors would be most of what is moved, are grouped by expert. Experts that no
+        sample uses cost nothing, and gradients of any order are torch's own.
 
     Reference:
         Hu et al. 2022, LoRA (arXiv:2106.09685), equation 3.
@@ -63,18 +63,24 @@ def lora_linear(
         >>> torch.equal(y, torch.nn.functional.linear(x, w))
         True
     """
-    _layer(x, weight, bias, down, up, 2)
-    _checks.size("x", x, -1, weight.shape[1], "inputs of weight")
-    _rank(down, up, weight.shape[1], weight.shape[0])
-    chosen, scale = _experts(x, down, scale, expert)
-    rows = bias if bias is not None and bias.dim() == 2 else None
+    chosen, scale = linear_call(x, weight, bias, down, up, scale, expert)
+    if bias is not None and bias.dim() == 2:
+        shift = bias[chosen] if isinstance(chosen, int) else bias.index_select(0, chosen)
+        shared = F.linear(x, weight)
+        shift = shift.view(-1, *([1] * (x.dim() - 2)), shift.shape[-1])
+        shared = shared + shift
+    else:
+        shared = F.linear(x, weight, bias)
+    if isinstance(chosen, int):
+        low = _scaled(F.linear(x, down[chosen]), scale, chosen)
+        return _added(shared, low, up[chosen])
+    if x.dim() > 2 and x.shape[1:-1].numel() >= down.shape[1]:
+        return _gathered(x, shared, down, up, chosen, scale)
 
     def each(part: Tensor, e: int) -> Tensor:
-        shift = None if rows is None else rows[e]
-        low = _scaled(F.linear(part, down[e]), scale, e)
-        return F.linear(low, up[e], shift)
+        return F.linear(_scaled(F.linear(part, down[e]), scale, e), up[e])
 
-    return F.linear(x, weight, bias if rows is None else None) + _by_expert(x, chosen, each)
+    return shared + _by_expert(x, chosen, each)
 
 
 def lora_conv2d(
@@ -126,19 +132,7 @@ def lora_conv2d(
         >>> lora_conv2d(x, w, None, down, up, scale=0.5, padding=1).shape
         torch.Size([2, 4, 6, 6])
     """
-    _layer(x, weight, bias, down, up, 4)
-    if x.dim() != 4:
-        raise ValueError(f"x: expected 4 dimensions (B, I, H, W), got {x.dim()}")
-    out, into, size, other = weight.shape
-    if size != other:
-        raise ValueError(f"weight: expected a square kernel, got {size} x {other}")
-    if x.shape[1] != into:
-        raise ValueError(
-            f"x: expected {into} channels (those of weight; groups are not supported), "
-            f"got {x.shape[1]}"
-        )
-    _rank(down, up, into * size, out * size)
-    chosen, scale = _experts(x, down, scale, expert)
+    chosen, scale = conv2d_call(x, weight, bias, down, up, scale, expert)
 
     def each(part: Tensor, e: int) -> Tensor:
         delta = _scaled(up[e] @ down[e], scale, e).view(weight.shape)
@@ -148,70 +142,25 @@ def lora_conv2d(
     return _by_expert(x, chosen, each)
 
 
-def _layer(x: Any, weight: Any, bias: Any, down: Any, up: Any, rank: int) -> None:
-    """Kinds, dtypes and devices of the tensors of a layer."""
-    for name, value in (("x", x), ("weight", weight), ("down", down), ("up", up)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {_checks.describe(value)}")
-    companions = [("weight", weight), ("down", down), ("up", up)]
-    if bias is not None:
-        if not isinstance(bias, Tensor):
-            raise TypeError(f"bias: expected a tensor or None, got {_checks.describe(bias)}")
-        companions.append(("bias", bias))
-    _checks.floating("x", x)
-    for name, value in companions:
-        _checks.same_dtype(name, value, "x", x)
-        _checks.same_device(name, value, "x", x)
-    if x.dim() < 2:
-        raise ValueError(f"x: expected shape (B, ..., I), got {tuple(x.shape)}")
-    for name, value, dims in (("weight", weight, rank), ("down", down, 3), ("up", up, 3)):
-        if value.dim() != dims:
-            raise ValueError(f"{name}: expected {dims} dimensions, got {tuple(value.shape)}")
-    if bias is not None and tuple(bias.shape) not in (
-        (weight.shape[0],),
-        (down.shape[0], weight.shape[0]),
-    ):
-        raise ValueError(
-            f"bias: expected ({weight.shape[0]},) or one row per expert "
-            f"({down.shape[0]}, {weight.shape[0]}), got {tuple(bias.shape)}"
-        )
-
-
-def _rank(down: Tensor, up: Tensor, into: int, out: int) -> None:
-    experts, rank, _ = down.shape
-    for name, value, want in (
-        ("down", down, (experts, rank, into)),
-        ("up", up, (experts, out, rank)),
-    ):
-        if tuple(value.shape) != want:
-            raise ValueError(f"{name}: expected shape {want}, got {tuple(value.shape)}")
-
-
-def _experts(
-    x: Tensor, down: Tensor, scale: object, expert: object
-) -> tuple[int | Tensor, float | Tensor]:
-    """The expert of each sample (one number if all share it), and the checked scale."""
-    experts = down.shape[0]
-    if isinstance(scale, Tensor):
-        _checks.auxiliary("scale", scale, "x", x)
-        if tuple(scale.shape) != (experts,):
-            raise ValueError(f"scale: expected shape ({experts},), got {tuple(scale.shape)}")
-    else:
-        scale = _checks.number("scale", scale)
-    if expert is None:
-        if experts != 1:
-            raise ValueError(f"expert: expected a number or int64 (B,) for {experts} experts")
-        return 0, scale
-    if isinstance(expert, Tensor):
-        index = _checks.index_map("expert", expert, x.shape[0], experts, "batch of x", "x", x)
-        return index, scale
-    if isinstance(expert, bool) or not isinstance(expert, int) or not 0 <= expert < experts:
-        raise ValueError(f"expert: expected a number in [0, {experts}), got {expert!r}")
-    return expert, scale
-
-
 def _scaled(low: Tensor, scale: float | Tensor, e: int) -> Tensor:
     return low * (scale[e].to(low.dtype) if isinstance(scale, Tensor) else scale)
+
+
+def _added(shared: Tensor, low: Tensor, up: Tensor) -> Tensor:
+    """``shared + low up^T``, the sum taken by the matrix product."""
+    rows = torch.addmm(shared.flatten(0, -2), low.flatten(0, -2), up.mT)
+    return rows.view(shared.shape)
+
+
+def _gathered(
+    x: Tensor, shared: Tensor, down: Tensor, up: Tensor, expert: Tensor, scale: float | Tensor
+) -> Tensor:
+    """``shared`` plus the low-rank part, a pair of factors for every sample."""
+    low = torch.bmm(x.flatten(1, -2), down.index_select(0, expert).mT)
+    if isinstance(scale, Tensor):
+        scale = scale.to(low.dtype).index_select(0, expert).view(-1, 1, 1)
+    rows = torch.baddbmm(shared.flatten(1, -2), low * scale, up.index_select(0, expert).mT)
+    return rows.view(shared.shape)
 
 
 def _by_expert(x: Tensor, expert: int | Tensor, each: Callable[[Tensor, int], Tensor]) -> Tensor:

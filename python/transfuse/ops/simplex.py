@@ -200,8 +200,9 @@ def nonneg_qp(
     Notes:
         Active-set method in float64; each step costs n^2 operations in the kernel, and a solution
         with p positive unknowns takes about p steps. Unknowns beyond 1e12 (with a diagonal and a
-        largest \|q\| of 1) count as unbounded: their curvature is rounding. Where several x are optimal, one of them is
-        returned, always the same. Each problem is solved by one thread: the same bits every time.
+        largest \|q\| of 1) count as unbounded: their curvature is rounding. Where several x are
+        optimal, one of them is returned, always the same. Each problem is solved by one thread: the
+        same bits every time.
 
         The solution is a constant for autograd: tensors that require a gradient are detached.
 

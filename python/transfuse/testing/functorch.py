@@ -119,6 +119,8 @@ def run(
     fn = oracle.function(args, spec.op, backend)
     reference = oracle.function(args, spec.reference)
     probe = probe_of(fn, args.tensors, case.differentiable, reference)
+    if spec.underivable is not None and check.expect is not _values:
+        return _promised_refusal(check, probe)
     wide = Probe(
         reference,
         oracle.widen(probe.tensors),
@@ -150,9 +152,20 @@ def run(
     return Outcome("wrong", "; ".join(problems)) if problems else Outcome("right")
 
 
+def _promised_refusal(check: Check, probe: Probe) -> Outcome:
+    """Of an op without derivatives, any result of a derivative is a wrong one."""
+    try:
+        check.compute(probe)
+    except Exception as error:  # the caller judges its message
+        return Outcome("raises", f"{type(error).__name__}: {error}")
+    return Outcome("wrong", "gave a result, though the op has no derivative")
+
+
 def refusal_allowed(check: Check, spec: OpSpec, detail: str) -> bool:
     """Whether a check that raised was allowed to, by torch's limits or by the spec's word."""
-    patterns = [p for p in (check.may_raise, spec.refuses.get(check.name)) if p is not None]
+    patterns = [spec.refuses.get(check.name)]
+    patterns.append(check.may_raise if spec.underivable is None else spec.underivable)
+    patterns = [p for p in patterns if p is not None]
     return any(re.search(pattern, detail) for pattern in patterns)
 
 

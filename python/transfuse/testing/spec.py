@@ -123,6 +123,11 @@ class OpSpec:
             ``"second gradient"``: derivatives composed of torch's matrix products.
         declared_as: name of the op whose backends it uses; None: its own, or none at all if it
             is composed of other operations.
+        underivable: for an op without derivatives, the regular expression of the message with which
+            every derivative and every ``torch.func`` transform must be refused; the ``gradcheck``
+            and ``differentiable`` names then say of what they are asked. None: it has them.
+        noise: ``noise(seed)`` is a case of an op that draws noise, which must depend on that seed
+            and on no global generator.
     """
 
     name: str
@@ -141,6 +146,8 @@ class OpSpec:
     raw_calls: Callable[[str], tuple[RawCall, ...]] | None = None
     varying: frozenset[str] = frozenset()
     declared_as: str | None = None
+    underivable: str | None = None
+    noise: Callable[[int], Case] | None = None
 
     def __post_init__(self) -> None:
         names = [case.name for case in self.cases]

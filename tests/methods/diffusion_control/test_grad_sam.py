@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from transfuse.methods._attention_columns import attention_columns
+from transfuse.methods._attention_layers import select_attention
 from transfuse.methods.diffusion_control.easy_ref import EasyRef, EasyRefOptions
 from transfuse.methods.diffusion_control.grad_sam import (
     GradSAM,
@@ -254,7 +255,12 @@ def test_constant_scores_warn_and_give_an_empty_mask():
 def test_masks_refuse():
     good = torch.rand(1, 1, 2, 4, 4)
     for scores, options, error, match in (
-        (good, {"rule": "box"}, ValueError, "rule: expected one of paper, official, mean"),
+        (
+            good,
+            {"rule": "box"},
+            ValueError,
+            "rule: expected one of paper, official, mean, aggregated",
+        ),
         (good, {"sigma": 0.0}, ValueError, "sigma"),
         (good, {"factor": math.nan}, ValueError, "factor"),
         (good[0], {}, ValueError, r"scores: expected \(..., layers"),
@@ -374,6 +380,49 @@ def test_fast_mode_is_the_gradient_of_the_sum_at_the_querys_place(text_denoiser)
         pytest.raises(ValueError, match="do not form a grid"),
     ):
         patch.score(lambda: model(x, 1).flatten(2)[:, :, None, :7], [[2]])
+
+
+def test_aggregated_mode_weighs_maps_by_their_share_of_one_gradient(text_denoiser):
+    """Written out from the maps and gradients that a layer's perturbation records."""
+    model, x = text_denoiser.double(), torch.randn(2, 4, 6, 8, dtype=torch.float64)
+    subjects = [[2], [1, 3]]
+    options = GradSAMOptions(mode="aggregated")
+    names = tuple(select_attention(model, None, cross=True, default_count=99))
+    assert len(names) > 1
+    with GradSAM(model, layers=names, options=options) as patch:
+        kept: dict = {}
+        record = patch.record
+
+        def keep(name, entry):
+            kept[name] = entry
+            record(name, entry)
+
+        patch.record = keep
+        out = patch.score(lambda: keep_graph(model(x, 1), kept), subjects)
+    parts, maps = [], []
+    for name in names:
+        gradient = kept["gradients"][name]
+        columns = [[[0, 1, 2].index(c - 1) for c in group] for group in subjects]
+        parts.append(torch.stack([gradient[..., c].abs().sum((1, 2, 3)) for c in columns], 1))
+        weights = kept[name].weights
+        maps.append(torch.stack([weights[..., c].sum(-1).mean(1) for c in columns], 1))
+    share = torch.stack(parts) / torch.stack(parts).sum(0)
+    mixed = (share[..., None] * torch.stack(maps)).sum(0)
+    expected = mixed.unflatten(2, (6, 8))[:, None, :, None].expand(-1, -1, -1, 4, -1, -1)
+    torch.testing.assert_close(out.scores, expected)
+    assert share.min() > 0.01, "every layer counts"
+    mask = make_mask(out.scores, rule="aggregated")
+    above = mixed > mixed.mean(2, keepdim=True)
+    assert torch.equal(mask, above.any(1).unflatten(1, (6, 8))[:, None].expand(-1, 4, -1, -1))
+
+
+def keep_graph(output, kept):
+    """Gradients of the output's sum with respect to every layer's perturbation."""
+    names = [name for name in kept if name != "gradients"]
+    deltas = [kept[name].delta for name in names]
+    found = torch.autograd.grad(output.sum(), deltas, retain_graph=True)
+    kept["gradients"] = dict(zip(names, found, strict=True))
+    return output
 
 
 def test_scores_beside_references_and_style(text_denoiser):

@@ -10,8 +10,10 @@ from transfuse.methods.diffusion_control.neg_to_me import (
     NegToMe,
     NegToMeOptions,
     mask_on_grid,
+    place_reference,
     push_all_pairs,
     push_from_first,
+    push_from_mean,
     push_from_reference,
 )
 from transfuse.testing import golden
@@ -90,6 +92,61 @@ def test_all_pairs():
         expected = by_definition(x[f : f + 1], others, 0.5, 0.3)
         torch.testing.assert_close(y[f : f + 1], expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(push_all_pairs(x[:1], alpha=0.5, threshold=-1.0), x[:1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_from_the_mean_of_the_others(dtype):
+    x = torch.randn(4, 9, 5).to(dtype)
+    y = push_from_mean(x, alpha=0.5, threshold=0.2)
+    assert y.dtype == dtype
+    for f in range(4):
+        mean = torch.stack([x[g].double() for g in range(4) if g != f]).mean(0).to(dtype)
+        expected = push_from_reference(x[f : f + 1], mean, alpha=0.5, threshold=0.2)
+        torch.testing.assert_close(y[f : f + 1], expected)
+    assert not torch.equal(y, x)
+    assert torch.equal(push_from_mean(x[:1], alpha=0.5, threshold=-1.0), x[:1])
+    two = push_from_mean(x[:2], alpha=0.5, threshold=0.2)
+    torch.testing.assert_close(two, push_all_pairs(x[:2], alpha=0.5, threshold=0.2))
+
+
+@pytest.mark.parametrize("against", ["all", "mean"])
+def test_every_image_is_pushed_from_the_others(denoiser, against):
+    seen = []
+    hook = denoiser.blocks[2].register_forward_hook(lambda m, args, out: seen.append(out))
+    plain = run(denoiser)
+    hook.remove()
+    with NegToMe(denoiser, NegToMeOptions(against=against, **ALWAYS), layers=["blocks.2"]):
+        hook = denoiser.blocks[2].register_forward_hook(lambda m, args, out: seen.append(out))
+        out = run(denoiser)
+        hook.remove()
+    push = push_all_pairs if against == "all" else push_from_mean
+    assert torch.equal(seen[1], push(seen[0], alpha=0.9, threshold=0.1))
+    assert (out - plain).abs().amax((1, 2, 3)).min() > 1e-4, "image 0 as well"
+    with pytest.raises(ValueError, match="mask: a mask is of image 0"):
+        NegToMe(denoiser, NegToMeOptions(against=against), mask=torch.ones(4, 4, dtype=torch.bool))
+
+
+def test_a_reference_takes_the_place_of_image_0():
+    x, own, noise = torch.randn(4, 3, 2, 2), torch.randn(3, 2, 2), torch.randn(3, 2, 2)
+    kept = x.clone()
+    level = {"noise": noise, "alpha": 0.8, "sigma": 0.6}
+    out = place_reference(x, own, **level)
+    torch.testing.assert_close(out[0], 0.8 * own + 0.6 * noise)
+    assert torch.equal(out[1:], x[1:])
+    assert torch.equal(x, kept)
+    halves = place_reference(x, own, guidance=True, **level)
+    assert torch.equal(halves[[0, 2]], out[[0, 0]])
+    assert torch.equal(halves[[1, 3]], x[[1, 3]])
+    assert torch.equal(place_reference(x, own)[0], own), "clean, as released"
+    for changes, match in (
+        ({"reference": own[:1]}, "reference: expected a tensor of shape"),
+        ({"noise": noise[None]}, "noise: expected a tensor of shape"),
+        ({"latent": x[:3], "guidance": True}, "latent: expected two halves"),
+        ({"latent": x[:0]}, "latent: expected"),
+    ):
+        arguments = {"latent": x, "reference": own, **changes}
+        with pytest.raises(ValueError, match=match):
+            place_reference(arguments.pop("latent"), arguments.pop("reference"), **arguments)
 
 
 @pytest.mark.parametrize("variant", ["paper", "official"])
@@ -232,6 +289,8 @@ def test_models_and_options_that_are_refused(denoiser):
         ({"threshold": 2.0}, "threshold: expected"),
         ({"variant": "x"}, "variant: expected"),
         ({"dropout": 1.5}, "dropout: expected a probability"),
+        ({"against": "last"}, "against: expected one of first, all, mean"),
+        ({"against": "mean", "variant": "official"}, "against: expected 'first'"),
     ):
         with pytest.raises(ValueError, match=match):
             NegToMeOptions(**options)

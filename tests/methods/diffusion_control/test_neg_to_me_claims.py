@@ -55,3 +55,12 @@ def test_pushed_tokens_are_further_away_by_exactly_one_plus_alpha(tokens):
     assert torch.equal(y[~pushed], image[~pushed])
     before, after = ((t - reference[index]).norm(dim=-1)[pushed] for t in (image, y))
     torch.testing.assert_close(after, (1 + ALPHA) * before, rtol=1e-5, atol=1e-5)
+
+
+def test_the_picture_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    gallery = pytest.importorskip("transfuse.bench.gallery.neg_to_me", exc_type=ImportError)
+    path = tmp_path / "neg_to_me.png"
+    if gallery.main(["--out", str(path), "--size", "12", "17"]) == 2:
+        pytest.skip("the photographs are not available")
+    assert path.read_bytes().startswith(b"\x89PNG")

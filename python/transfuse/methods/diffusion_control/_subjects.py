@@ -13,7 +13,7 @@ from torch import Tensor
 
 from transfuse import _checks
 
-RULES = ("paper", "official", "mean")
+RULES = ("paper", "official", "mean", "aggregated")
 
 
 class Subjects(NamedTuple):
@@ -104,12 +104,14 @@ def make_mask(
     - ``"paper"``: a 3 x 3 Gaussian of ``sigma`` with zeros around, then a 3 x 3 maximum.
     - ``"official"``: a 3 x 3 sum with zeros around, which is what the released code amounts to.
     - ``"mean"``: an older rule of that code: S itself against its mean, first subject alone.
+    - ``"aggregated"``: S itself against its mean, as the code does with its aggregated maps; there
+      subjects are intersected too, which leaves nothing of two that lie apart, here united.
 
     Args:
         scores: (..., layers, subjects, C, H, W), any floating dtype.
-        rule: One of the three.
+        rule: One of these.
         sigma: Of the Gaussian, in elements, greater than 0.
-        factor: Of the standard deviation; not used by ``"mean"``.
+        factor: Of the standard deviation; not used by the last two.
 
     Returns:
         (..., C, H, W) bool.
@@ -150,8 +152,10 @@ def make_mask(
         smooth = F.max_pool2d(smooth.flatten(0, -4), 3, stride=1, padding=1).view_as(smooth)
     elif rule == "official":
         smooth = _filter(smooth, smooth.new_ones(3, 3))
-    else:
+    elif rule == "mean":
         smooth, factor = smooth.narrow(-4, 0, 1), 0.0
+    else:
+        factor = 0.0
     threshold = smooth.mean((-2, -1), keepdim=True)
     if factor != 0.0:
         threshold = threshold + factor * smooth.std((-2, -1), keepdim=True)

@@ -23,7 +23,8 @@ Deviations from the official code, all deliberate:
 - Subjects are positions in the text encoder's tokens, sub-words summed (:func:`subject_tokens`);
   the code counts words of the sentence.
 - phi is the paper's absolute value (``phi="relu"`` is the code's), masks follow the paper
-  (``rule="official"``: what the code's smoothing amounts to; ``rule="mean"``: an older one).
+  (``rule="official"``: what the code's smoothing amounts to; ``rule="mean"``: an older one;
+  ``rule="aggregated"``: for scores of ``mode="aggregated"``).
 - Elements outside a mask are overwritten by one ``where``.
 """
 
@@ -76,7 +77,7 @@ __all__ = [
 ]
 
 _PHI = ("abs", "relu")
-_MODES = ("exact", "fast")
+_MODES = ("exact", "fast", "aggregated")
 
 
 def _check_phi(phi: object) -> None:
@@ -265,7 +266,9 @@ class GradSAMOptions:
         phi: ``"abs"`` (paper) or ``"relu"`` (code).
         mode: ``"exact"``: every row of the Jacobian. ``"fast"``: the gradient of the output's sum
             alone, each query's importance read at its own place, the same for all channels; a
-            thousand times cheaper and another quantity.
+            thousand times cheaper and another quantity. ``"aggregated"``: as cheap; the attention
+            maps themselves, averaged over the layers of one size with the share that each has in
+            the gradient of the output's sum, an older alternative of the code.
         chunk: Rows of the Jacobian computed at once; memory grows with it.
 
     Raises:
@@ -288,7 +291,9 @@ class GradSAMOptions:
 
 
 class Scores(NamedTuple):
-    """Scores (B, layers, subjects, C, H, W) and the output (B, C, H, W) they are of; no graph."""
+    """Scores (B, layers, subjects, C, H, W) and the output (B, C, H, W) they are of; no graph.
+
+    In mode ``"aggregated"`` all layers of one number of tokens are one."""
 
     scores: Tensor
     output: Tensor
@@ -479,6 +484,8 @@ class GradSAM(ModelPatch):
                     f"a layer ran on {record.delta.shape[0]} samples, the output has "
                     f"{output.shape[0]}: score one half of a guided batch"
                 )
+        if self.options.mode == "aggregated":
+            return Scores(self._aggregated(output, records), output.detach())
         rule = self._fast if self.options.mode == "fast" else self._exact
         scores = torch.stack(rule(output, records), dim=1)  # (B, layers, n, C, H, W)
         member = self._subjects.member.to(scores)  # type: ignore[union-attr]
@@ -499,6 +506,29 @@ class GradSAM(ModelPatch):
             own = nn.functional.interpolate(own.unflatten(2, grid), size=output.shape[2:])
             maps.append(own[:, :, None].expand(-1, -1, output.shape[1], -1, -1))
         return maps
+
+    def _aggregated(self, output: Tensor, records: list[_Record]) -> Tensor:
+        gradients = torch.autograd.grad(output.sum(), [r.delta for r in records], allow_unused=True)
+        member = self._subjects.member  # type: ignore[union-attr]
+        sizes: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        for record, gradient in zip(records, gradients, strict=True):
+            amount = record.weights
+            gradient = torch.zeros_like(amount) if gradient is None else gradient.to(amount.dtype)
+            own = member.to(amount)
+            part = torch.einsum("sn,bhqn->bs", own, _rectify(gradient, self.options.phi))
+            seen = torch.einsum("sn,bhqn->bsq", own, amount) / amount.shape[1]
+            sizes.setdefault(amount.shape[2], []).append((part, seen))
+        maps = []
+        for tokens, layers in sizes.items():
+            total = torch.stack([part for part, _ in layers]).sum(0)
+            # Where no layer has a part in the output, nothing is seen: zero, not NaN.
+            share = [torch.where(total > 0, part / total, 0.0) for part, _ in layers]
+            pairs = zip(share, layers, strict=True)
+            mixed = torch.stack([w[..., None] * seen for w, (_, seen) in pairs]).sum(0)
+            mixed = mixed.unflatten(2, _grid(tokens, output.shape[2], output.shape[3]))
+            mixed = nn.functional.interpolate(mixed, size=output.shape[2:])
+            maps.append(mixed[:, :, None].expand(-1, -1, output.shape[1], -1, -1))
+        return torch.stack(maps, dim=1)
 
     def columns(self, name: str, tokens: int) -> Tensor:
         """Columns asked for, checked against a layer's number of context tokens."""
@@ -539,7 +569,7 @@ def _grid(tokens: int, height: int, width: int) -> tuple[int, int]:
     if rows < 1 or tokens % rows or rows * width != (tokens // rows) * height:
         raise ValueError(
             f"layers: {tokens} tokens do not form a grid of the ratio {height} x {width} of the "
-            "output, which mode 'fast' reads places from"
+            "output, which modes 'fast' and 'aggregated' read places from"
         )
     return rows, tokens // rows
 

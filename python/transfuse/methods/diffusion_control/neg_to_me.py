@@ -21,8 +21,10 @@ Deviations, all deliberate:
   stays. With ``variant="official"`` it says, as there, which positions may be pushed. It may have
   any aspect, where the official FLUX code takes square ones.
 - The choice of tokens has no gradient; by default none flows into the reference either.
-- A reference image of the user's own (the paper's RAG setting) is image 0 of the batch; encoding it
-  and renoising it at each step is the sampling loop's business, and not done here.
+- A reference image of the user's own (the paper's RAG setting) is image 0 of the batch, put there
+  before each step by :func:`place_reference`, clean or at the step's noise level; encoding it is
+  left to the model's autoencoder.
+- ``against`` also pushes every image from all others, or from their mean: extensions.
 - A negative alpha is refused; ``transfuse.ops.push_tokens`` pulls.
 """
 
@@ -42,193 +44,26 @@ from transfuse import _checks
 from transfuse._registry import register
 from transfuse.methods._attention_layers import find_attention
 from transfuse.methods._hooks import HookHandle, choose_names
-from transfuse.ops import nearest_tokens, push_tokens
+from transfuse.methods.diffusion_control._token_pushing import (
+    VARIANTS,
+    place_reference,
+    push_all_pairs,
+    push_from_first,
+    push_from_mean,
+    push_from_reference,
+)
 
-__all__ = ["NegToMe", "NegToMeOptions", "push_all_pairs", "push_from_first", "push_from_reference"]
+__all__ = [
+    "NegToMe",
+    "NegToMeOptions",
+    "place_reference",
+    "push_all_pairs",
+    "push_from_first",
+    "push_from_mean",
+    "push_from_reference",
+]
 
-VARIANTS = ("paper", "official")
-
-
-def push_from_reference(
-    x: Tensor,
-    reference: Tensor,
-    *,
-    alpha: float,
-    threshold: float,
-    mask: Tensor | None = None,
-    variant: str = "paper",
-    detach: bool = True,
-    backend: str | None = None,
-) -> Tensor:
-    r"""Pushes the tokens of images away from those of a reference.
-
-    .. math:: y_i = x_i + \alpha (x_i - r_{j(i)}) \quad\text{if}\quad \cos(x_i, r_{j(i)}) > \tau
-
-    Args:
-        x: (F, N, D) tokens of F images.
-        reference: (M, D), (1, M, D) or (F, M, D); M = N with ``variant="official"``.
-        alpha: Strength, at least 0.
-        threshold: Cosine in [-1, 1] that must be exceeded.
-        mask: (M,) bool, tokens of the reference that may be matched (official: positions that may
-            be pushed). None: all.
-        variant: ``"paper"`` or ``"official"``, see the module.
-        detach: No gradient flows into the reference.
-        backend: Backend of the ops; None chooses.
-
-    Returns:
-        Shape and dtype of x. Tokens that are not pushed are the same bits.
-
-    Raises:
-        TypeError, ValueError: An argument that does not fit.
-
-    Reference:
-        Singh et al. 2024 (arXiv:2412.01339), section 3.
-
-    Example:
-        >>> import torch
-        >>> from transfuse.methods.diffusion_control.neg_to_me import push_from_reference
-        >>> x, reference = torch.tensor([[[1.0, 0.2]]]), torch.tensor([[1.0, 0.0]])
-        >>> push_from_reference(x, reference, alpha=0.5, threshold=0.9)
-        tensor([[[1.0000, 0.3000]]])
-    """
-    if variant not in VARIANTS:
-        raise ValueError(f"variant: expected one of {VARIANTS}, got {variant!r}")
-    if _checks.number("alpha", alpha) < 0.0:
-        raise ValueError(f"alpha: expected a number of at least 0, got {alpha}; push_tokens pulls")
-    if isinstance(reference, Tensor) and reference.dim() == 2:
-        reference = reference[None]
-    reference = reference.detach() if detach else reference
-    push = push_tokens if variant == "paper" else _push_official
-    return push(x, reference, mask=mask, alpha=alpha, threshold=threshold, backend=backend)
-
-
-def _push_official(
-    x: Tensor,
-    reference: Tensor,
-    *,
-    mask: Tensor | None,
-    alpha: float,
-    threshold: float,
-    backend: str | None,
-) -> Tensor:
-    """The official code's maximum over the generated tokens, for every position."""
-    if reference.shape[-2] != x.shape[-2]:
-        raise ValueError(
-            f"reference: expected {x.shape[-2]} tokens (those of x) with variant 'official', "
-            f"got {reference.shape[-2]}"
-        )
-    threshold = _checks.number("threshold", threshold)
-    if not -1.0 <= threshold <= 1.0:
-        raise ValueError(f"threshold: expected a cosine in [-1, 1], got {threshold}")
-    reference = reference.expand(x.shape[0], -1, -1)
-    found = nearest_tokens(reference.detach(), x.detach(), backend=backend)
-    pushed = found.similarity > threshold
-    if mask is not None:
-        if mask.dtype != torch.bool or mask.shape != (x.shape[1],):
-            raise ValueError(
-                f"mask: expected a bool tensor of shape ({x.shape[1]},), "
-                f"got {_checks.describe(mask)}"
-            )
-        pushed = pushed & mask
-    if x.numel() == 0:
-        return x.clone()
-    index = found.index[..., None].expand(-1, -1, x.shape[2])
-    wide = torch.promote_types(x.dtype, torch.float32)
-    other, own = reference.gather(1, index).to(wide), x.to(wide)
-    moved = (own + alpha * (own - other)).to(x.dtype)
-    return torch.where(pushed[..., None], moved, x)
-
-
-def push_from_first(
-    x: Tensor,
-    *,
-    alpha: float,
-    threshold: float,
-    mask: Tensor | None = None,
-    variant: str = "paper",
-    detach: bool = True,
-    backend: str | None = None,
-) -> Tensor:
-    """Pushes images 1, 2, ... of a batch away from image 0, which stays as it is.
-
-    Args:
-        x: (F, N, D) tokens of F images.
-        alpha: As for :func:`push_from_reference`, like everything else.
-        threshold: Cosine that must be exceeded.
-        mask: (N,) bool.
-        variant: ``"paper"`` or ``"official"``.
-        detach: No gradient flows into image 0 from what is pushed.
-        backend: Backend of the ops; None chooses.
-
-    Returns:
-        Shape and dtype of x.
-
-    Raises:
-        TypeError, ValueError: An argument that does not fit.
-
-    Example:
-        >>> import torch
-        >>> from transfuse.methods.diffusion_control.neg_to_me import push_from_first
-        >>> x = torch.randn(3, 16, 8)
-        >>> y = push_from_first(x, alpha=0.9, threshold=0.5)
-        >>> torch.equal(y[0], x[0]), y.shape
-        (True, torch.Size([3, 16, 8]))
-    """
-    x = _checks.tensor("x", x, ("F", "N", "D"))
-    rest = push_from_reference(
-        x[1:],
-        x[:1],
-        alpha=alpha,
-        threshold=threshold,
-        mask=mask,
-        variant=variant,
-        detach=detach,
-        backend=backend,
-    )
-    return torch.cat([x[:1], rest])
-
-
-def push_all_pairs(
-    x: Tensor, *, alpha: float, threshold: float, detach: bool = True, backend: str | None = None
-) -> Tensor:
-    """Pushes every image of a batch away from the tokens of all others (an extension).
-
-    Args:
-        x: (F, N, D) tokens of F images.
-        alpha: Strength, at least 0.
-        threshold: Cosine that must be exceeded.
-        detach: No gradient flows into the tokens that are pushed from.
-        backend: Backend of the ops; None chooses.
-
-    Returns:
-        Shape and dtype of x.
-
-    Raises:
-        TypeError, ValueError: An argument that does not fit.
-
-    Example:
-        >>> import torch
-        >>> from transfuse.methods.diffusion_control.neg_to_me import push_all_pairs
-        >>> push_all_pairs(torch.randn(3, 16, 8), alpha=0.9, threshold=0.5).shape
-        torch.Size([3, 16, 8])
-    """
-    x = _checks.tensor("x", x, ("F", "N", "D"))
-    if x.shape[0] < 2:
-        return x.clone()
-    pushed = []
-    for f in range(x.shape[0]):
-        others = torch.cat([x[:f], x[f + 1 :]]).flatten(0, 1)
-        pushed.append(
-            push_from_reference(
-                x[f : f + 1],
-                others,
-                alpha=alpha,
-                threshold=threshold,
-                detach=detach,
-                backend=backend,
-            )
-        )
-    return torch.cat(pushed)
+_AGAINST = ("first", "all", "mean")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,6 +78,8 @@ class NegToMeOptions:
         end: Last one; None: 900 for joint transformers, 800 else.
         dropout: Probability with which a pushed token stays as it was.
         seed: Of the private generator of the dropout.
+        against: ``"first"``: image 0, as published. ``"all"`` or ``"mean"``: every image against
+            the tokens, or the token-wise mean, of all others; without mask, variant ``"paper"``.
         guidance: The batch is [unconditional ; conditional] halves, each with an image 0 of its
             own; odd batches are then refused.
         min_side: Layers of UNets with fewer than ``min_side ** 2`` tokens are left alone.
@@ -256,6 +93,7 @@ class NegToMeOptions:
     end: float | None = None
     dropout: float = 0.0
     seed: int = 0
+    against: str = "first"
     guidance: bool = False
     min_side: int = 32
     backend: str | None = None
@@ -267,6 +105,14 @@ class NegToMeOptions:
             raise ValueError(f"threshold: expected a cosine in [-1, 1], got {self.threshold}")
         if self.variant not in VARIANTS:
             raise ValueError(f"variant: expected one of {VARIANTS}, got {self.variant!r}")
+        if self.against not in _AGAINST:
+            raise ValueError(
+                f"against: expected one of {', '.join(_AGAINST)}, got {self.against!r}"
+            )
+        if self.against != "first" and self.variant != "paper":
+            raise ValueError(
+                f"against: expected 'first' with variant {self.variant!r}, got {self.against!r}"
+            )
         if not 0.0 <= self.dropout <= 1.0:
             raise ValueError(f"dropout: expected a probability, got {self.dropout}")
 
@@ -294,7 +140,7 @@ class NegToMeOptions:
     arxiv="2412.01339",
     repository="https://github.com/1jsingh/negtome",
     kind="patch",
-    ops=("nearest_tokens", "push_tokens"),
+    ops=("nearest_tokens", "push_tokens", "noise_mix"),
 )
 class NegToMe(HookHandle):
     """Pushes the images of a batch away from the first, in a model's attention layers.
@@ -329,6 +175,8 @@ class NegToMe(HookHandle):
         self.options = NegToMeOptions() if options is None else options
         if mask is not None and (mask.dim() != 2 or mask.dtype != torch.bool):
             raise ValueError(f"mask: expected a bool tensor (H, W), got {_checks.describe(mask)}")
+        if mask is not None and self.options.against != "first":
+            raise ValueError("mask: a mask is of image 0, which against='first' alone pushes from")
         self._mask = mask
         self._joint = hasattr(model, "single_transformer_blocks")
         self._generator = torch.Generator().manual_seed(self.options.seed)
@@ -424,14 +272,14 @@ class NegToMe(HookHandle):
         threshold = options.threshold
         if threshold is None:
             threshold = 0.65 if self._joint else 0.7
-        y = push_from_first(
-            x,
-            alpha=options.alpha,
-            threshold=threshold,
-            mask=None if self._mask is None else mask_on_grid(self._mask, x.shape[1]).to(x.device),
-            variant=options.variant,
-            backend=options.backend,
-        )
+        common = {"alpha": options.alpha, "threshold": threshold, "backend": options.backend}
+        if options.against != "first":
+            push = push_all_pairs if options.against == "all" else push_from_mean
+            y = push(x, **common)
+        else:
+            mask = self._mask
+            mask = None if mask is None else mask_on_grid(mask, x.shape[1]).to(x.device)
+            y = push_from_first(x, mask=mask, variant=options.variant, **common)
         if options.dropout == 0.0:
             return y
         drawn = torch.rand(x.shape[:2], generator=self._generator).to(x.device)
