@@ -47,6 +47,7 @@ class HessianOperator(CurvatureOperator):
             product of all of them; vectors and parameters must be the same everywhere.
         memory: bytes that differentiated batches may hold from one product to the next. The batches
             of which all fit are differentiated once; others anew for every product, one at a time.
+            Parameters that move are noticed; after altering batches in place call :meth:`release`.
         check: refuse a loss that is not a function of parameters and batch: one that draws random
             numbers, differs when evaluated again, or differs between products.
         progress: True for a line on stderr, or a callable given (task, done, total).

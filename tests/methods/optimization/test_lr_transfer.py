@@ -85,9 +85,9 @@ class TestCurvatureRecordings:
         slack = GOLDEN.meta["tolerances"]["slq"]
         torch.testing.assert_close(nodes, out["slq_nodes"], **slack)
         torch.testing.assert_close(vectors[0].square(), out["slq_weights"], **slack)
-        density = lt.spectral_density(net, F.mse_loss, data, steps=60, runs=30)
-        mean = (density.weights * density.nodes).sum(1).mean() * operator.shape[0]
-        assert mean == pytest.approx(out["exact_trace"].item(), rel=0.1)
+        density = lt.spectral_density(net, F.mse_loss, data, steps=10, runs=30)
+        traces = (density.weights * density.nodes).sum(1) * operator.shape[0]
+        assert abs(traces.mean() - out["exact_trace"]) < 4 * traces.std() / math.sqrt(30)
 
     def test_ntk_and_split(self, mode):
         net, data = recorded(mode)
@@ -194,8 +194,8 @@ class TestParametrise:
         assert model.o.width_mult == 1.0
         (group,) = lt.mu_param_groups(model.parameters(), 0.3, 0.1, optimizer="sgd")
         assert (group["lr"], group["weight_decay"]) == (0.3, 0.1)
-        std = lt.mu_normal_(model.b.weight, 1.0, generator=torch.Generator().manual_seed(0)).std()
-        assert std == pytest.approx(1.0, rel=0.1)
+        weight = lt.mu_normal_(model.b.weight, 1.0, generator=torch.Generator().manual_seed(0))
+        assert weight.std().item() == pytest.approx(1.0, rel=0.1)
 
     def test_checkpoints_are_not_rescaled(self):
         model = Package(24)
@@ -294,18 +294,21 @@ class TestMeanField:
     def test_report(self):
         x = torch.linspace(-1, 1, 8, dtype=DTYPE)[:, None]
         report = lt.transfer_report(
-            x, x.square(), widths=[8, 32], depths=[1, 2], lrs=[0.05, 0.2, 1e6], steps=6, every=4
+            x, x.square(), widths=[8, 32], depths=[1, 2], lrs=[0.05, 0.2], steps=6, every=4
         )
-        assert len(report.runs) == 12
+        assert len(report.runs) == 8
         assert set(report.best_lr()) == {(8, 1), (8, 2), (32, 1), (32, 2)}
         assert set(report.best_lr().values()) <= {0.05, 0.2}
-        diverged = [run for run in report.runs if run.lr == 1e6]
-        assert all(run.losses[-1] == math.inf for run in diverged)
         run = report.runs[0]
         assert run.steps == (0, 4, 6)
         assert run.sharpness.shape == (3,)
         assert (run.losses[1:] < run.losses[:-1]).all()
         assert 0 <= report.drift() <= 2
+        endless = lt.transfer_report(
+            x, x, widths=[4], depths=[1], lrs=[0.1], steps=3, loss=lambda o, t: o.sum() * math.inf
+        )
+        assert endless.runs[0].losses.tolist() == [math.inf] * 4
+        assert endless.runs[0].steps == ()
         for wrong in (dict(widths=[]), dict(steps=0), dict(every=-1)):
             given = dict(widths=[4], depths=[1], lrs=[0.1]) | wrong
             with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected"):

@@ -36,7 +36,8 @@ def test_sharpness_grows_to_the_same_plateau_under_mup_and_not_under_ntp():
     print("muP", [c.tolist() for c in mup], "NTP", [c.tolist() for c in ntp])
     for curve in mup:
         assert curve[-1] / curve[0] >= 1.5
-        assert curve[-1] < 2 / ETA  # below the edge of stability
+        # It stops growing at the edge of stability, around which it swings.
+        assert curve[-1] < 1.15 * 2 / ETA
     narrow, wide = (curve[-1] for curve in mup)
     assert abs(narrow - wide) <= 0.2 * max(narrow, wide)
     for curve in ntp:

@@ -51,6 +51,12 @@ class AttentionProbe(nn.Module):
         tensor([4., 4.], dtype=torch.float64, grad_fn=<SumBackward1>)
     """
 
+    v: Tensor
+    values: Tensor | None
+    weight: nn.Parameter
+    key: nn.Parameter
+    query: nn.Parameter
+
     def __init__(
         self,
         d: int,

@@ -45,10 +45,10 @@ def norm(parts: Sequence[Slice], device: torch.device) -> Tensor:
     for part in parts:
         terms = part.grads
         if part.adaptive:
-            terms = torch._foreach_mul(_wide(part.params), _wide(part.grads))
+            terms = list(torch._foreach_mul(_wide(part.params), _wide(part.grads)))
         elif terms[0].dtype in HALF:
             terms = _wide(terms)
-        found.append(torch.stack(torch._foreach_norm(terms)).to(device))
+        found.append(torch.stack(list(torch._foreach_norm(terms))).to(device))
     if not found:
         return torch.zeros((), device=device)
     wide = max((t.dtype for t in found), key=lambda dtype: torch.finfo(dtype).bits)
@@ -59,11 +59,11 @@ def directions(parts: Sequence[Slice], *, released: bool = False) -> Iterator[li
     """theta^2 * g or g of each part; without the factor g as the released TRAM has it."""
     for part in parts:
         if released and part.adaptive:
-            yield torch._foreach_mul(part.params, part.params)
+            yield list(torch._foreach_mul(part.params, part.params))
         elif released:
             yield [torch.ones_like(p) for p in part.params]
         elif part.adaptive:
-            moves = torch._foreach_mul(part.params, part.params)
+            moves = list(torch._foreach_mul(part.params, part.params))
             torch._foreach_mul_(moves, part.grads)
             yield moves
         else:
@@ -80,9 +80,9 @@ def fisher_norm(parts: Sequence[Slice], fisher: Sequence[list[Tensor]], device) 
     """sqrt(g^T F^-1 g) over all parts."""
     total = torch.zeros((), device=device)
     for part, weights in zip(parts, fisher, strict=True):
-        terms = torch._foreach_mul(part.grads, part.grads)
+        terms = list(torch._foreach_mul(part.grads, part.grads))
         torch._foreach_div_(terms, weights)
-        one = torch.stack(torch._foreach_norm(_wide(terms), 1)).sum().to(device)
+        one = torch.stack(list(torch._foreach_norm(_wide(terms), 1))).sum().to(device)
         total = total + one
     return total.sqrt()
 
