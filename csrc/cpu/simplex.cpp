@@ -159,7 +159,7 @@ void smallest_norm(int64_t n, double* flat, int64_t count, double* w, double* me
   for (int64_t i = 0; i < n; ++i) w[i] = std::max(0.0, q[i] + project(y, i));
 }
 
-int64_t min_norm_memory(int64_t n) { return 2 * Nonnegative::memory(n) + 4 * n * n + 8 * n; }
+int64_t min_norm_memory(int64_t n) { return Nonnegative::memory(n) + 5 * n * n + 11 * n; }
 
 void min_norm_one(int64_t n, const double* given, double* w, double* memory) {
   const double size = largest(given, n * n);
@@ -170,7 +170,8 @@ void min_norm_one(int64_t n, const double* given, double* w, double* memory) {
   double *c = memory, *l = c + n * n, *flat = l + (n + 1) * n, *vector = flat + n * n, *ray = vector + n;
   double *scale = ray + n, *left = scale + n;
   int64_t* kept = reinterpret_cast<int64_t*>(left + n);
-  double* rest = left + 2 * n;
+  int64_t* tied = kept + n;
+  double *part = left + 3 * n, *rest = part + n + n * n;
   for (int64_t i = 0; i < n; ++i)
     for (int64_t j = 0; j < n; ++j) c[i * n + j] = 0.5 * (given[i * n + j] / size + given[j * n + i] / size);
 
@@ -185,17 +186,36 @@ void min_norm_one(int64_t n, const double* given, double* w, double* memory) {
     for (int64_t i = 0; i < n; ++i) w[i] /= sum;
   };
   normalise();
+  // Tasks that tied weights could give something to: those whose slope is that of the optimum. (One that is not, but
+  // by little, does no harm: directions that leave the point where it is cannot move weight to it.)
+  double value = 0.0, bound = 0.0;
+  for (int64_t i = 0; i < n; ++i) {
+    double size_of = 0.0;
+    vector[i] = dot(c + i * n, w, n);
+    for (int64_t j = 0; j < n; ++j) size_of += std::fabs(c[i * n + j]) * w[j];
+    ray[i] = size_of;
+    value += w[i] * vector[i];
+    bound += w[i] * size_of;
+  }
+  int64_t m = 0;
+  for (int64_t i = 0; i < n; ++i)
+    if (w[i] > 0.0 || vector[i] - value <= 1e-9 * (ray[i] + bound)) tied[m++] = i;
+  double* small = part + n;
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t j = 0; j < m; ++j) small[i * m + j] = c[tied[i] * n + tied[j]];
   // Directions that move neither the point nor the sum: all that tied weights can differ by.
-  const int64_t count = flat_directions(n, c, l, scale, left, kept, flat);
+  const int64_t count = flat_directions(m, small, l, scale, left, kept, flat);
   if (count == 0) return;
-  smallest_norm(n, flat, count, w, rest);
+  for (int64_t i = 0; i < m; ++i) part[i] = w[tied[i]];
+  smallest_norm(m, flat, count, part, rest);
+  for (int64_t i = 0; i < m; ++i) w[tied[i]] = part[i];
   normalise();
 }
 
 void min_norm(const MinNormArgs& args, const Parallel& parallel) {
   const int64_t n = args.n;
   for_each_problem(args.problems, 4 * n * n * n, parallel, [&](int64_t i) {
-    double* memory = static_cast<double*>(thread_scratch(sizeof(double) * (size_t)(min_norm_memory(n) + 5 * n)));
+    double* memory = static_cast<double*>(thread_scratch(sizeof(double) * (size_t)min_norm_memory(n)));
     min_norm_one(n, args.c + i * n * n, args.w + i * n, memory);
   });
 }

@@ -68,7 +68,7 @@ def min_norm_simplex(
         The matrix is divided by its largest entry and solved in float64, so weights depend neither
         on the scale of the losses nor, up to a ratio of 1e8, on the ratio of the gradients' norms.
         Exact means an active-set method (CPU kernel) or enumeration of the faces (eager torch, T up
-        to 8): right to rounding, not to a number of iterations. Where several weights attain the
+        to 8, weights to 1e-11): right to rounding, not to a number of iterations. Where several weights attain the
         minimum, those of the smallest norm are returned: equal gradients, or several zeros, share
         their weight equally. (Eager torch with T > 8 returns one of the tied solutions instead.)
         The kernel solves each problem in one thread, in a fixed order: the same bits every time.
