@@ -96,7 +96,7 @@ def test_min_norm_is_that_of_rational_arithmetic(backend):
             unique += 1
             torch.testing.assert_close(
                 w, torch.tensor([float(x) for x in next(iter(solutions))], dtype=torch.float64),
-                rtol=1e-9, atol=1e-12 if backend == "cpu" else 1e-11,
+                rtol=1e-9, atol=1e-12,
             )  # fmt: skip
     assert unique > 20
 

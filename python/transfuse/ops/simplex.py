@@ -68,7 +68,7 @@ def min_norm_simplex(
         The matrix is divided by its largest entry and solved in float64, so weights depend neither
         on the scale of the losses nor, up to a ratio of 1e8, on the ratio of the gradients' norms.
         Exact means an active-set method (CPU kernel) or enumeration of the faces (eager torch, T up
-        to 8, weights to 1e-11): right to rounding, not to a number of iterations. Where several weights attain the
+        to 8): right to rounding, not to a number of iterations. Where several weights attain the
         minimum, those of the smallest norm are returned: equal gradients, or several zeros, share
         their weight equally. (Eager torch with T > 8 returns one of the tied solutions instead.)
         The kernel solves each problem in one thread, in a fixed order: the same bits every time.
@@ -200,8 +200,9 @@ def nonneg_qp(
     Notes:
         Active-set method in float64; each step costs n^2 operations in the kernel, and a solution
         with p positive unknowns takes about p steps. Unknowns beyond 1e12 (with a diagonal and a
-        largest \|q\| of 1) count as unbounded: their curvature is rounding. Where several x are optimal, one of them is
-        returned, always the same. Each problem is solved by one thread: the same bits every time.
+        largest \|q\| of 1) count as unbounded: their curvature is rounding. Where several x are
+        optimal, one of them is returned, always the same. Each problem is solved by one thread: the
+        same bits every time.
 
         The solution is a constant for autograd: tensors that require a gradient are detached.
 
