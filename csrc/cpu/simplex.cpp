@@ -60,42 +60,51 @@ void nonnegative(const NonnegativeArgs& args, const Parallel& parallel) {
 
 // ---- the point of smallest norm of a convex hull ------------------------------------------------------------------
 
-// Orthonormal directions d with C d = 0 and sum d = 0, as rows of `out`, for the m x m matrix C; how many there are.
-// A Cholesky factorisation that steps over dependent columns finds the null vectors.
-int64_t flat_directions(int64_t m, const double* c, double* l, double* scale, double* errors, int64_t* kept,
+// Orthonormal directions d with C d = 0 and sum d = 0, as rows of `out`, for the n x n matrix C; how many there are.
+// A Cholesky factorisation with pivoting, of the matrix scaled to a diagonal of 1, finds the null vectors. `l` has room
+// for n + 1 rows, the others for one.
+int64_t flat_directions(int64_t n, const double* c, double* l, double* scale, double* left, int64_t* kept,
                         double* out) {
   int64_t rank = 0, count = 0;
-  for (int64_t i = 0; i < m; ++i) scale[i] = c[i * m + i] > 0.0 ? 1.0 / std::sqrt(c[i * m + i]) : 1.0;
-  for (int64_t j = 0; j < m; ++j) {
-    double* row = l + rank * m;
-    double doubt;
-    const auto entry = [&](int64_t k) { return c[j * m + kept[k]] * scale[j] * scale[kept[k]]; };
-    const double left = left_of(rank, l, m, c[j * m + j] * scale[j] * scale[j], entry, row, errors, &doubt);
-    if (left > doubt) {
-      row[rank] = std::sqrt(left);
-      kept[rank++] = j;
-      continue;
+  double* y = l + n * n;
+  for (int64_t i = 0; i < n; ++i) {
+    left[i] = c[i * n + i] > 0.0 ? 1.0 : 0.0;
+    scale[i] = left[i] > 0.0 ? 1.0 / std::sqrt(c[i * n + i]) : 1.0;
+  }
+  for (; rank < n; ++rank) {
+    const int64_t pivot = std::max_element(left, left + n) - left;
+    if (left[pivot] <= 64.0 * kEpsilon * (double)n) break;
+    const double root = std::sqrt(left[pivot]), *own = l + pivot * n;
+    for (int64_t i = 0; i < n; ++i) {
+      if (left[i] < 0.0 || i == pivot) continue;
+      double* row = l + i * n;
+      row[rank] = (c[i * n + pivot] * scale[i] * scale[pivot] - dot(own, row, rank)) / root;
+      left[i] = std::max(0.0, left[i] - row[rank] * row[rank]);
     }
-    double* d = out + count * m;
-    double* y = l + m * m;  // a row of its own
+    l[pivot * n + rank] = root;
+    left[pivot] = -1.0;  // in the factor
+    kept[rank] = pivot;
+  }
+  for (int64_t j = 0; j < n; ++j) {
+    if (left[j] < 0.0) continue;
+    double* d = out + count++ * n;
+    std::fill(d, d + n, 0.0);
     for (int64_t k = rank; k-- > 0;) {
-      double value = -row[k];
-      for (int64_t i = k + 1; i < rank; ++i) value -= l[i * m + k] * y[i];
-      y[k] = value / l[k * m + k];
+      double value = l[j * n + k];
+      for (int64_t i = k + 1; i < rank; ++i) value -= l[kept[i] * n + k] * y[i];
+      y[k] = value / l[kept[k] * n + k];
+      d[kept[k]] = -y[k] * scale[kept[k]];
     }
-    std::fill(d, d + m, 0.0);
-    for (int64_t k = 0; k < rank; ++k) d[kept[k]] = y[k] * scale[kept[k]];
     d[j] = scale[j];
-    const double size = largest(d, m);
-    for (int64_t i = 0; i < m; ++i) d[i] /= size;
-    ++count;
+    const double size = largest(d, n);
+    for (int64_t i = 0; i < n; ++i) d[i] /= size;
   }
   // Of those whose sum is not 0, one makes the sums of the others 0 and is lost.
   int64_t lost = -1;
   double most = 1e-10;
   const auto total = [&](int64_t r) {
     double sum = 0.0;
-    for (int64_t i = 0; i < m; ++i) sum += out[r * m + i];
+    for (int64_t i = 0; i < n; ++i) sum += out[r * n + i];
     return sum;
   };
   for (int64_t r = 0; r < count; ++r)
@@ -105,108 +114,108 @@ int64_t flat_directions(int64_t m, const double* c, double* l, double* scale, do
     if (r == lost) continue;
     double* d = l;  // no longer needed
     const double share = lost < 0 ? 0.0 : total(r) / total(lost);
-    for (int64_t i = 0; i < m; ++i) d[i] = out[r * m + i] - (lost < 0 ? 0.0 : share * out[lost * m + i]);
-    const double before = std::sqrt(dot(d, d, m));
+    for (int64_t i = 0; i < n; ++i) d[i] = out[r * n + i] - (lost < 0 ? 0.0 : share * out[lost * n + i]);
+    const double before = std::sqrt(dot(d, d, n));
     for (int64_t pass = 0; pass < 2; ++pass)
       for (int64_t k = 0; k < found; ++k) {
-        const double* other = out + k * m;
-        const double along = dot(d, other, m);
-        for (int64_t i = 0; i < m; ++i) d[i] -= along * other[i];
+        const double* other = out + k * n;
+        const double along = dot(d, other, n);
+        for (int64_t i = 0; i < n; ++i) d[i] -= along * other[i];
       }
-    const double after = std::sqrt(dot(d, d, m));
+    const double after = std::sqrt(dot(d, d, n));
     if (!(after > 1e-10 * before)) continue;
     // Row `found` is read no more: it is r itself, one before it, or the lost one if that comes first.
     if (found == lost && lost < r) {
-      std::copy(out + lost * m, out + (lost + 1) * m, out + r * m);
+      std::copy(out + lost * n, out + (lost + 1) * n, out + r * n);
       lost = r;
     }
-    for (int64_t i = 0; i < m; ++i) out[found * m + i] = d[i] / after;
+    for (int64_t i = 0; i < n; ++i) out[found * n + i] = d[i] / after;
     ++found;
   }
   return found;
 }
 
-// Moves w (on m of the unknowns) along orthonormal flat directions, staying in the simplex, to its smallest norm:
+// Moves w along orthonormal flat directions, staying in the simplex, to its smallest norm:
 // min |v|^2 over v >= 0 with v - w flat. Its dual is min_{y >= 0} y' P y / 2 + y' (w - P w) with P the projection onto
 // the flat directions, and v = w - P w + P y.
-void smallest_norm(int64_t m, double* flat, int64_t count, double* w, double* memory) {
-  double *p = memory, *q = p + m * m, *y = q + m;
-  Nonnegative solver(m, y + m);
+void smallest_norm(int64_t n, double* flat, int64_t count, double* w, double* memory) {
+  double *p = memory, *q = p + n * n, *y = q + n;
+  Nonnegative solver(n, y + n);
   // A weight that no direction moves but by rounding stays.
-  for (int64_t i = 0; i < count * m; ++i)
+  for (int64_t i = 0; i < count * n; ++i)
     if (std::fabs(flat[i]) < 1e-12) flat[i] = 0.0;
-  const auto project = [&](const double* v, int64_t i) { return dot(p + i * m, v, m); };
-  for (int64_t i = 0; i < m; ++i)
-    for (int64_t j = 0; j < m; ++j) {
+  const auto project = [&](const double* v, int64_t i) { return dot(p + i * n, v, n); };
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t j = 0; j < n; ++j) {
       double sum = 0.0;
-      for (int64_t k = 0; k < count; ++k) sum += flat[k * m + i] * flat[k * m + j];
-      p[i * m + j] = sum;
+      for (int64_t k = 0; k < count; ++k) sum += flat[k * n + i] * flat[k * n + j];
+      p[i * n + j] = sum;
     }
-  for (int64_t i = 0; i < m; ++i) q[i] = w[i] - project(w, i);
-  if (solver.solve(p, q, 10 * m, 0.0, y, nullptr) != Outcome::solved) return;
+  for (int64_t i = 0; i < n; ++i) q[i] = w[i] - project(w, i);
+  if (solver.solve(p, q, 10 * n, 0.0, y, nullptr) != Outcome::solved) return;
   double least = 0.0;
-  for (int64_t i = 0; i < m; ++i) least = std::min(least, q[i] + project(y, i));
+  for (int64_t i = 0; i < n; ++i) least = std::min(least, q[i] + project(y, i));
   if (least < -1e-10) return;
-  for (int64_t i = 0; i < m; ++i) w[i] = std::max(0.0, q[i] + project(y, i));
+  for (int64_t i = 0; i < n; ++i) w[i] = std::max(0.0, q[i] + project(y, i));
 }
 
-int64_t min_norm_memory(int64_t n) { return 2 * Nonnegative::memory(n) + 5 * n * n + 12 * n; }
+int64_t min_norm_memory(int64_t n) { return Nonnegative::memory(n) + 5 * n * n + 11 * n; }
 
 void min_norm_one(int64_t n, const double* given, double* w, double* memory) {
   const double size = largest(given, n * n);
   if (!finite(given, n * n) || size == 0.0) {
-    std::fill(w, w + n, size == 0.0 && finite(given, n * n) ? 1.0 / (double)n : kNaN);
+    std::fill(w, w + n, finite(given, n * n) ? 1.0 / (double)n : kNaN);
     return;
   }
-  double *c = memory, *small = c + n * n, *l = small + n * n, *flat = l + (n + 1) * n, *vector = flat + n * n;
-  double *scale = vector + n, *product = scale + n, *part = product + n;
-  int64_t* tied = reinterpret_cast<int64_t*>(part + n);
-  int64_t* kept = tied + n;
-  double* rest = part + 3 * n;
-  for (int64_t i = 0; i < n * n; ++i) c[i] = given[i] / size;
+  double *c = memory, *l = c + n * n, *flat = l + (n + 1) * n, *vector = flat + n * n, *ray = vector + n;
+  double *scale = ray + n, *left = scale + n;
+  int64_t* kept = reinterpret_cast<int64_t*>(left + n);
+  int64_t* tied = kept + n;
+  double *part = left + 3 * n, *rest = part + n + n * n;
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t j = 0; j < n; ++j) c[i * n + j] = 0.5 * (given[i * n + j] / size + given[j * n + i] / size);
 
   // With y >= 0 the minimiser of y' C y / 2 - sum y, w = y / sum y. Where it is unbounded, 0 is in the hull, and the
   // direction is w.
   std::fill(vector, vector + n, -1.0);
   Nonnegative solver(n, rest);
-  if (solver.solve(c, vector, 10 * n, 0.0, w, part) == Outcome::unbounded) std::copy(part, part + n, w);
-  double sum = 0.0;
-  for (int64_t i = 0; i < n; ++i) sum += w[i];
-  for (int64_t i = 0; i < n; ++i) w[i] /= sum;
-
-  // Tasks whose slope is that of the optimum could share its weights.
-  double value = 0.0, rounding = 0.0;
+  if (solver.solve(c, vector, 10 * n, 0.0, w, ray) == Outcome::unbounded) std::copy(ray, ray + n, w);
+  const auto normalise = [&] {
+    double sum = 0.0;
+    for (int64_t i = 0; i < n; ++i) sum += w[i];
+    for (int64_t i = 0; i < n; ++i) w[i] /= sum;
+  };
+  normalise();
+  // Tasks that tied weights could give something to: those whose slope is that of the optimum. (One that is not, but
+  // by little, does no harm: directions that leave the point where it is cannot move weight to it.)
+  double value = 0.0, bound = 0.0;
   for (int64_t i = 0; i < n; ++i) {
-    double bound = 0.0, slope = 0.0;
-    for (int64_t j = 0; j < n; ++j) {
-      const double term = 0.5 * (c[i * n + j] + c[j * n + i]) * w[j];
-      slope += term;
-      bound += std::fabs(term);
-    }
-    product[i] = slope;
-    part[i] = bound;
-    value += w[i] * slope;
-    rounding += w[i] * bound;
+    double size_of = 0.0;
+    vector[i] = dot(c + i * n, w, n);
+    for (int64_t j = 0; j < n; ++j) size_of += std::fabs(c[i * n + j]) * w[j];
+    ray[i] = size_of;
+    value += w[i] * vector[i];
+    bound += w[i] * size_of;
   }
   int64_t m = 0;
   for (int64_t i = 0; i < n; ++i)
-    if (w[i] > 0.0 || product[i] - value <= 64.0 * kEpsilon * (double)n * (part[i] + rounding)) tied[m++] = i;
-  if (m < 2) return;
+    if (w[i] > 0.0 || vector[i] - value <= 1e-9 * (ray[i] + bound)) tied[m++] = i;
+  double* small = part + n;
   for (int64_t i = 0; i < m; ++i)
-    for (int64_t j = 0; j < m; ++j) small[i * m + j] = 0.5 * (c[tied[i] * n + tied[j]] + c[tied[j] * n + tied[i]]);
-  const int64_t count = flat_directions(m, small, l, scale, product, kept, flat);
+    for (int64_t j = 0; j < m; ++j) small[i * m + j] = c[tied[i] * n + tied[j]];
+  // Directions that move neither the point nor the sum: all that tied weights can differ by.
+  const int64_t count = flat_directions(m, small, l, scale, left, kept, flat);
   if (count == 0) return;
-  for (int64_t i = 0; i < m; ++i) vector[i] = w[tied[i]];
-  smallest_norm(m, flat, count, vector, rest);
-  sum = 0.0;
-  for (int64_t i = 0; i < m; ++i) sum += vector[i];
-  for (int64_t i = 0; i < m; ++i) w[tied[i]] = vector[i] / sum;
+  for (int64_t i = 0; i < m; ++i) part[i] = w[tied[i]];
+  smallest_norm(m, flat, count, part, rest);
+  for (int64_t i = 0; i < m; ++i) w[tied[i]] = part[i];
+  normalise();
 }
 
 void min_norm(const MinNormArgs& args, const Parallel& parallel) {
   const int64_t n = args.n;
   for_each_problem(args.problems, 4 * n * n * n, parallel, [&](int64_t i) {
-    double* memory = static_cast<double*>(thread_scratch(sizeof(double) * (size_t)(min_norm_memory(n) + 5 * n)));
+    double* memory = static_cast<double*>(thread_scratch(sizeof(double) * (size_t)min_norm_memory(n)));
     min_norm_one(n, args.c + i * n * n, args.w + i * n, memory);
   });
 }

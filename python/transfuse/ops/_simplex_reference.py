@@ -39,7 +39,8 @@ def _normalised(w: Tensor) -> Tensor:
 
 
 def min_norm(gramian: Tensor) -> Tensor:
-    """(B, T): on every face the stationary point of smallest norm; the best one that is in it."""
+    """(B, T): on every face the stationary point (of smallest norm where there are several); the
+    best of those that lie in their face."""
     count = gramian.shape[-1]
     if count > FACES_MOST:
         return min_norm_active_set(gramian)
@@ -64,7 +65,8 @@ def _min_norm_faces(c: Tensor) -> Tensor:
         atol=8 * count * torch.finfo(c.dtype).eps,
         hermitian=True,
     )
-    w = centre - (inverse @ pull[..., None])[..., 0]
+    w = torch.cat((centre - (inverse @ pull[..., None])[..., 0], _independent(c, member)), 1)
+    member = torch.cat((member, member))
     inside = ((w >= -_TINY) & ((w.abs() <= _TINY) | (member > 0))).all(-1)
     w = _normalised(w)
     slope = (c[:, None] @ w[..., None])[..., 0]
@@ -77,6 +79,19 @@ def _min_norm_faces(c: Tensor) -> Tensor:
     norm = torch.where(tied, (w * w).sum(-1), torch.inf)
     best = w.gather(1, norm.argmin(-1)[:, None, None].expand(-1, 1, count))[:, 0]
     return torch.where(broken[:, None], torch.nan, best)
+
+
+def _independent(c: Tensor, member: Tensor) -> Tensor:
+    """(B, F, T) points ``C^-1 1`` of the faces whose gradients are independent, exact whatever
+    their norms; garbage or NaN for the others."""
+    own = c.diagonal(dim1=-2, dim2=-1)
+    scale = torch.where(own > 0, own, 1.0).rsqrt()
+    both = member[:, :, None] * member[:, None, :]
+    system = (c * scale[:, :, None] * scale[:, None, :])[:, None] * both
+    system = system + torch.diag_embed(1.0 - member)
+    y = torch.linalg.solve_ex(system, (member * scale[:, None])[..., None])[0][..., 0]
+    y = y * member * scale[:, None]
+    return y / y.sum(-1, keepdim=True)
 
 
 def min_norm_active_set(gramian: Tensor) -> Tensor:
