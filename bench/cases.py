@@ -86,17 +86,19 @@ class Setup:
 class Workload:
     """One built case: inputs, transfuse's call, what users would write, and the work it stands for.
 
-        ``expressions`` are the alternatives by kind ("sdpa", "explicit", ...); ``peers`` of this
-        package say how each is run (eagerly, compiled, by another package). Every expression maps the
-        tensors to the same output as ``ours``. ``variants`` are further ways to write it with
-        transfuse.
-        ``reference`` must also accept float64 tensors. ``yardstick`` names the expression whose error
-        counts as eager torch's; None is the reference itself, the rule wherever that takes no minutes.
-        ``heads`` set means heads are independent (axis 1 of every tensor whose axis 1 has that size),
-        so that the oracle may go head by head and never hold a whole float64 attention map.
-        ``needs_bytes`` (by kind of expression) keeps a peer that would not fit from being started,
-    OP_MODULES = (
-    )
+    ``expressions`` are the alternatives by kind ("sdpa", "explicit", ...); ``peers`` of this
+    package say how each is run (eagerly, compiled, by another package). Every expression maps the
+    tensors to the same output as ``ours``. ``variants`` are further ways to write it with
+    transfuse.
+    ``reference`` must also accept float64 tensors. ``yardstick`` names the expression whose error
+    counts as eager torch's; None is the reference itself, the rule wherever that takes no minutes.
+    ``heads`` set means heads are independent (axis 1 of every tensor whose axis 1 has that size),
+    so that the oracle may go head by head and never hold a whole float64 attention map.
+    ``needs_bytes`` (by kind of expression) keeps a peer that would not fit from being started,
+    ``skips`` (by peer) one that is known to be hopeless: why. ``estimates`` (by kind) names
+    expressions that estimate the result by random numbers, and how far they may be from it, as a
+    part of the largest value; ``draws`` those whose result is itself random numbers of their own,
+    which are judged by their spread.
     """
 
     tensors: Tensors
@@ -114,9 +116,8 @@ class Workload:
     heads: int | None = None
     needs_bytes: dict[str, int] = field(default_factory=dict)
     skips: dict[str, str] = field(default_factory=dict)
-
-
-OP_MODULES = ()
+    estimates: dict[str, float] = field(default_factory=dict)
+    draws: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)
