@@ -15,8 +15,8 @@ __all__ = ["NonnegativeSolution", "ParetoSolution", "min_norm_simplex", "nonneg_
 for _name in ("min_norm_simplex", "nonneg_qp", "pareto_lp"):
     _backend.declare(_name, ("reference", "cpu"))
 
-_SOLVERS = {"exact": 0, "frank_wolfe": 1}
-_MODES = {"guide": 1, "descent": 0}
+_SOLVERS: dict[object, int] = {"exact": 0, "frank_wolfe": 1}
+_MODES: dict[object, int] = {"guide": 1, "descent": 0}
 
 
 class NonnegativeSolution(NamedTuple):
