@@ -149,7 +149,7 @@ CASES = (
         title="10,000 min-norm points of 3 gradients",
         make=_min_norm(10_000, 3),
         targets=(Target(dtype="float32", bars={"eager": 2.0, "separate": 10.0}, quick=1),),
-        peers=("eager", "eager-compile", "separate", "torchjd"),
+        peers=("eager", "eager-compile", "separate"),
         quick_peers=("eager", "separate"),
     ),
     Case(

@@ -167,6 +167,14 @@ void min_norm_one(int64_t n, const double* given, double* w, double* memory) {
     std::fill(w, w + n, finite(given, n * n) ? 1.0 / (double)n : kNaN);
     return;
   }
+  if (n == 2) {  // the segment between two points, in closed form
+    const double across = given[1] / size + given[2] / size, first = given[0] / size, second = given[3] / size;
+    const double length = first + second - across;
+    // Where both are the same point, equal weights have the smallest norm.
+    w[0] = length > 0.0 ? std::min(1.0, std::max(0.0, (second - 0.5 * across) / length)) : 0.5;
+    w[1] = length > 0.0 ? std::min(1.0, std::max(0.0, (first - 0.5 * across) / length)) : 0.5;
+    return;
+  }
   double *c = memory, *l = c + n * n, *flat = l + (n + 1) * n, *vector = flat + n * n, *ray = vector + n;
   double *scale = ray + n, *left = scale + n;
   int64_t* kept = reinterpret_cast<int64_t*>(left + n);

@@ -77,7 +77,7 @@ def _rational_min_norm(c):
 def test_min_norm_is_that_of_rational_arithmetic(backend):
     generator = torch.Generator().manual_seed(1)
     unique = 0
-    for trial in range(60):
+    for trial in range(36):
         count, rank = 2 + trial % 3, 1 + trial % 4
         g = torch.randint(-3, 4, (count, rank), generator=generator)
         # Scales of gradients from 1 to 2^-20, exactly.
@@ -98,7 +98,7 @@ def test_min_norm_is_that_of_rational_arithmetic(backend):
                 w, torch.tensor([float(x) for x in next(iter(solutions))], dtype=torch.float64),
                 rtol=1e-9, atol=1e-12,
             )  # fmt: skip
-    assert unique > 20
+    assert unique > 15
 
 
 # -- min_norm_simplex ---------------------------------------------------------------------------
@@ -379,6 +379,8 @@ def test_vmap_is_a_batch():
     assert torch.equal(
         torch.func.vmap(nonneg_qp, (1, 1))(c, a).x, nonneg_qp(c, a).x.transpose(0, 1)
     )
+    wolfe = torch.func.vmap(lambda c: min_norm_simplex(c, solver="frank_wolfe"))(c)
+    torch.testing.assert_close(wolfe, min_norm_simplex(c), rtol=0, atol=1e-4)
     found = torch.func.vmap(lambda c, a: pareto_lp(c, a, mode="descent"))(c, a)
     plain = pareto_lp(c, a, mode="descent")
     assert torch.equal(found.weights, plain.weights)

@@ -93,18 +93,13 @@ def _fold(static, tensors, dims, size):
     return static, folded, lambda outputs: tuple(t.unflatten(0, (size, -1)) for t in outputs)
 
 
-def _constant(name: str, count: int) -> Callable:
-    """A raw op as a function whose results do not move with its ``count`` tensors."""
-
-    def forward(static, tensors):
-        found = getattr(torch.ops.transfuse, name)(*tensors, *static)
-        return (found,) if isinstance(found, Tensor) else tuple(found)
-
+def _constant(name: str, solver: Callable) -> Callable:
+    """A solver as a function whose results do not move with its tensors."""
     return function(
         Differentiable(
             name=name,
-            forward=forward,
-            vjp=lambda static, tensors, outputs, grads, needs: [None] * count,
+            forward=lambda static, tensors: _tuple(solver(*tensors, *static)),
+            vjp=lambda static, tensors, outputs, grads, needs: [None] * len(tensors),
             jvp=lambda static, tensors, outputs, tangents: [
                 torch.zeros_like(t) if t.is_floating_point() else None for t in outputs
             ],
@@ -113,26 +108,36 @@ def _constant(name: str, count: int) -> Callable:
     )
 
 
-_FUNCTIONS = {
-    "min_norm_simplex": _constant("min_norm_simplex", 1),
-    "nonneg_qp": _constant("nonneg_qp", 2),
-    "pareto_lp": _constant("pareto_lp", 2),
-}
+def _tuple(found: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (found,) if isinstance(found, Tensor) else tuple(found)
+
+
+def _kernel(name: str) -> Callable:
+    # Looked up when called: there is none where the library is not loaded.
+    return lambda *arguments: getattr(torch.ops.transfuse, name)(*arguments)
+
+
 _COMPOSED: dict[str, Callable] = {
     "min_norm_simplex": composed.min_norm,
     "nonneg_qp": composed.nonneg,
     "pareto_lp": composed.pareto,
+    "frank_wolfe": composed.frank_wolfe,
 }
+_SOLVERS = {(name, "composed"): solver for name, solver in _COMPOSED.items()} | {
+    (name, "cpu"): _kernel(name) for name in ("min_norm_simplex", "nonneg_qp", "pareto_lp")
+}
+_FUNCTIONS = {key: _constant(key[0], solver) for key, solver in _SOLVERS.items()}
 
 
-def solve(name: str, backend: str | None, tensors: tuple[Tensor, ...], *static: object) -> tuple:
+def solve(
+    name: str, backend: str | None, tensors: tuple[Tensor, ...], *static: object
+) -> tuple[Tensor, ...]:
     """The results of an op for flat tensors (see :func:`flatten`), by the backend that runs it."""
-    chosen = _backend.choose(name, backend, tensors[0].device, torch.float64)
-    if chosen != "cpu" or tensors[0].shape[0] == 0:
-        found = _COMPOSED[name](*tensors, *static)
-        return (found,) if isinstance(found, Tensor) else tuple(found)
+    op = "min_norm_simplex" if name == "frank_wolfe" else name
+    chosen = _backend.choose(op, backend, tensors[0].device, torch.float64)
+    kernel = chosen == "cpu" and name == op and tensors[0].shape[0] > 0
+    key = (name, "cpu" if kernel else "composed")
     # Detached tensors: only torch.func and forward mode can still be watching.
     if needs_derivative(tensors):
-        return _FUNCTIONS[name](static, tensors)
-    found = getattr(torch.ops.transfuse, name)(*tensors, *static)
-    return (found,) if isinstance(found, Tensor) else tuple(found)
+        return _FUNCTIONS[key](static, tensors)
+    return _tuple(_SOLVERS[key](*tensors, *static))

@@ -1,5 +1,9 @@
 """Quadratic and linear programmes on small simplices in eager torch: the definition, the oracle and
-the fallback. All take float64 with one batch axis, and loop over steps, never over problems."""
+the fallback. All take float64 with one batch axis, and loop over steps, never over problems.
+
+Those that end when all problems are done look at numbers, which torch.compile cannot trace: they
+are ops of their own.
+"""
 
 from __future__ import annotations
 
@@ -117,6 +121,11 @@ def _solve_on(matrix: Tensor, inside: Tensor, right: Tensor) -> Tensor:
     return torch.linalg.solve_ex(system, right[..., None])[0][..., 0]
 
 
+@torch.library.custom_op(
+    "transfuse::nonneg_qp_eager",
+    mutates_args=(),
+    schema="(Tensor g, Tensor q, int iterations, float tolerance) -> (Tensor, Tensor, Tensor)",
+)
 def _active_set(
     g: Tensor, q: Tensor, iterations: int, tolerance: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -208,6 +217,16 @@ def _active_set(
     return x, torch.where(broken[:, None], torch.nan, ray * scale), residual
 
 
+@_active_set.register_fake
+def _(g, q, iterations, tolerance):
+    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape[:1])
+
+
+@torch.library.custom_op(
+    "transfuse::frank_wolfe_eager",
+    mutates_args=(),
+    schema="(Tensor gramian, int iterations, float tolerance) -> Tensor",
+)
 def frank_wolfe(gramian: Tensor, iterations: int, tolerance: float) -> Tensor:
     """Pairwise Frank-Wolfe with exact line search: weight moves from the worst task that has some
     to the best one, until the gap is small in all problems."""
@@ -234,6 +253,11 @@ def frank_wolfe(gramian: Tensor, iterations: int, tolerance: float) -> Tensor:
         step = torch.where(going, torch.minimum(step, most), 0.0)[:, None]
         w = w + step * ((number == to).to(w.dtype) - (number == away).to(w.dtype))
     return _normalised(w)
+
+
+@frank_wolfe.register_fake
+def _(gramian, iterations, tolerance):
+    return gramian.new_empty(gramian.shape[:2])
 
 
 @functools.cache

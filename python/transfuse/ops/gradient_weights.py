@@ -18,7 +18,7 @@ __all__ = [
     "upgrad_weights",
 ]
 
-_SCALES = {"min": 0, "median": 1, "mean": 2}
+_SCALES: dict[object, int] = {"min": 0, "median": 1, "mean": 2}
 
 
 def pcgrad_weights(gramian: Tensor, *, generator: torch.Generator | None = None) -> Tensor:

@@ -9,15 +9,14 @@ from torch import Tensor
 
 from transfuse import _backend, _checks, _native
 from transfuse.ops import _simplex_call as call
-from transfuse.ops import _simplex_reference as composed
 
 __all__ = ["NonnegativeSolution", "ParetoSolution", "min_norm_simplex", "nonneg_qp", "pareto_lp"]
 
 for _name in ("min_norm_simplex", "nonneg_qp", "pareto_lp"):
     _backend.declare(_name, ("reference", "cpu"))
 
-_SOLVERS = {"exact": 0, "frank_wolfe": 1}
-_MODES = {"guide": 1, "descent": 0}
+_SOLVERS: dict[object, int] = {"exact": 0, "frank_wolfe": 1}
+_MODES: dict[object, int] = {"guide": 1, "descent": 0}
 
 
 class NonnegativeSolution(NamedTuple):
@@ -99,8 +98,8 @@ def min_norm_simplex(
         call.check_size("gramian", gramian, call.EXACT_MOST, '; solver="frank_wolfe" has no limit')
         (found,) = call.solve("min_norm_simplex", backend, (call.flatten(gramian, 2),))
     else:
-        _backend.choose("min_norm_simplex", backend, gramian.device, torch.float64)
-        found = composed.frank_wolfe(call.flatten(gramian, 2), iterations, tolerance)
+        tensors = (call.flatten(gramian, 2),)
+        (found,) = call.solve("frank_wolfe", backend, tensors, iterations, tolerance)
     return call.unflatten(found, gramian)
 
 

@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 FORMS = ("paper", "official")
-_FORM_CODES = {form: i for i, form in enumerate(FORMS)}
+_FORM_CODES: dict[object, int] = {form: i for i, form in enumerate(FORMS)}
 SOURCE, TARGET = 1, 0  # columns of the domain logits
 
 
@@ -72,8 +72,8 @@ def refine_predictions(logits: Tensor, domain_logits: Tensor, *, form: str = "pa
     Example:
         >>> import torch
         >>> from transfuse.methods.domain_adaptation.pareto_da import refine_predictions
-        >>> refine_predictions(torch.zeros(1, 2), torch.tensor([[[0.0, 0.0], [-90.0, 0.0]]]))
-        tensor([[1., 0.]])
+        >>> refine_predictions(torch.zeros(1, 2), torch.tensor([[[0.0, 0.0], [-9.0, 0.0]]]))
+        tensor([[9.9975e-01, 2.4673e-04]])
     """
     logits = _check_logits("logits", logits)
     domain_logits = _check_domain_logits("domain_logits", domain_logits, logits)

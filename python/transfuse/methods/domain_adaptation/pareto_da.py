@@ -30,7 +30,7 @@ Deviations from paper and official code, all deliberate:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -230,7 +230,8 @@ class ParetoWeights(nn.Module):
         """The dtype of weights, and the device."""
         if len(lists) != self.num_tasks + 1:
             raise ValueError(f"gradients: expected {self.num_tasks} lists, got {len(lists) - 1}")
-        length, shapes = len(lists[0]), {}
+        length = len(lists[0])
+        shapes: dict[int, torch.Size] = {}
         first = None
         for t, entries in enumerate(lists):
             name = "guidance_gradient" if t == self.num_tasks else f"gradients[{t}]"
@@ -382,9 +383,9 @@ class ParetoDALoss(nn.Module):
         lists = [of_source[:count], of_alignment[:count], of_surrogate]
         step = self.weights.step(lists, guide, losses.validation)
         for gradients, weight in zip(lists, 3 * step.weights, strict=True):
-            _accumulate(shared, gradients, lambda g, w=weight: g * w.to(g.dtype))
+            _accumulate(shared, gradients, weight)
         for gradients in (of_source[count:], of_alignment[count:], of_classwise):
-            _accumulate(own, gradients, lambda g: g)
+            _accumulate(own, gradients, None)
         return step
 
 
@@ -394,10 +395,8 @@ def _gradients(loss: Tensor, by: Sequence[Tensor], *, last: bool = False) -> Gra
     return torch.autograd.grad(loss, by, retain_graph=not last, allow_unused=True)
 
 
-def _accumulate(
-    parameters: Sequence[Tensor], gradients: Gradients, change: Callable[[Tensor], Tensor]
-) -> None:
+def _accumulate(parameters: Sequence[Tensor], gradients: Gradients, weight: Tensor | None) -> None:
     for parameter, gradient in zip(parameters, gradients, strict=True):
         if gradient is not None:
-            moved = change(gradient)
+            moved = gradient if weight is None else gradient * weight.to(gradient.dtype)
             parameter.grad = moved if parameter.grad is None else parameter.grad + moved

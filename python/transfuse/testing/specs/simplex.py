@@ -40,14 +40,16 @@ class Problem:
 
     def call(self, op: Callable[..., object], tensors: Tensors, backend: str | None) -> Tensor:
         """Results times losses, bent so that second derivatives show something."""
-        gradients = tensors["gradients"]
+        dtype = tensors["losses"].dtype
+        # In float64, so that strides have no say in the rounding of products.
+        gradients = tensors["gradients"].double().contiguous()
         options = dict(self.options) | ({} if backend is None else {"backend": backend})
         arguments = [gradients @ gradients.mT]
         if self.extra:
-            arguments.append((gradients @ tensors["extra"][..., None])[..., 0])
-        found = op(*arguments, **options)
+            arguments.append((gradients @ tensors["extra"].double()[..., None])[..., 0])
+        found = op(*(x.to(dtype) for x in arguments), **options)
         result = found if isinstance(found, Tensor) else found[0]
-        return (result.to(tensors["losses"].dtype) * tensors["losses"]).sin()
+        return result.to(dtype) * tensors["losses"].sin()
 
     def make(
         self, dtype: torch.dtype, device: torch.device, generator: torch.Generator
