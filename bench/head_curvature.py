@@ -106,7 +106,7 @@ def _official(kind: str, bounds: list[int]) -> Callable[[Tensors], torch.Tensor]
     """Double backward through the head, for every domain and for the mean loss."""
 
     def step(t: Tensors) -> torch.Tensor:
-        parameters = (t["weight"], t["bias"])
+        parameters: tuple[torch.Tensor, ...] = (t["weight"], t["bias"])
         # Inputs that need no gradient here still need one for double backward.
         if not t["weight"].requires_grad:
             parameters = tuple(p.detach().requires_grad_() for p in parameters)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,7 +115,7 @@ def positive_int(name: str, value: object) -> int:
     return value
 
 
-def choice(name: str, value: object, table: Mapping[object, int]) -> int:
+def choice(name: str, value: object, table: Mapping[Any, int]) -> int:
     """The code of one of a few named options."""
     # A list is not hashable, so membership alone would raise an unhelpful error.
     if (value is None or isinstance(value, str)) and value in table:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ class MatrixLike(Protocol):
     @property
     def shape(self) -> tuple[int, int]: ...
 
-    def __matmul__(self, vectors: Tensor) -> Tensor: ...
+    # Operators return what they are given: a vector, columns, or lists of tensors.
+    def __matmul__(self, vectors: Any, /) -> Any: ...
 
 
 class Matrix(NamedTuple):

@@ -72,8 +72,8 @@ def mix(
             return Mixed(
                 *torch.ops.transfuse.mix.default(list(inputs), None, numbers, len(rows), flat)
             )
-    numbers, coefficients = _pack(rows, inputs[0])
-    static = Static(len(inputs), len(rows), pairs, numbers, backend)
+    packed, coefficients = _pack(rows, inputs[0])
+    static = Static(len(inputs), len(rows), pairs, packed, backend)
     tensors = (*inputs, coefficients)
     if needs_derivative(tensors) and not torch.compiler.is_compiling():
         results = call(static, tensors)

@@ -30,7 +30,7 @@ def select_parameters(
         raise TypeError(f"model: expected an nn.Module, got {_checks.describe(model)}")
     if check:
         _refuse_training_mode(model)
-    own = dict(model.named_parameters())
+    own: dict[str, Tensor] = dict(model.named_parameters())
     names = {id(parameter): name for name, parameter in own.items()}
     if params is None:
         chosen = {name: p for name, p in own.items() if p.requires_grad}

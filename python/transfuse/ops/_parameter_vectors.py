@@ -51,7 +51,7 @@ class ParameterSpace:
         self.shapes = tuple(value.shape for value in params.values())
         self.sizes = tuple(shape.numel() for shape in self.shapes)
         self.size = sum(self.sizes)
-        self.dtype, self.device = first[1].dtype, first[1].device
+        self.dtype, self.device = value.dtype, value.device
 
     def pieces(self, row: Tensor) -> list[Tensor]:
         """A row (P,) as views in the shapes of the parameters."""

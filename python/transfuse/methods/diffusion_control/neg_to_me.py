@@ -272,14 +272,20 @@ class NegToMe(HookHandle):
         threshold = options.threshold
         if threshold is None:
             threshold = 0.65 if self._joint else 0.7
-        common = {"alpha": options.alpha, "threshold": threshold, "backend": options.backend}
         if options.against != "first":
             push = push_all_pairs if options.against == "all" else push_from_mean
-            y = push(x, **common)
+            y = push(x, alpha=options.alpha, threshold=threshold, backend=options.backend)
         else:
             mask = self._mask
             mask = None if mask is None else mask_on_grid(mask, x.shape[1]).to(x.device)
-            y = push_from_first(x, mask=mask, variant=options.variant, **common)
+            y = push_from_first(
+                x,
+                mask=mask,
+                variant=options.variant,
+                alpha=options.alpha,
+                threshold=threshold,
+                backend=options.backend,
+            )
         if options.dropout == 0.0:
             return y
         drawn = torch.rand(x.shape[:2], generator=self._generator).to(x.device)

@@ -124,12 +124,13 @@ class AttentionProbe(nn.Module):
         Raises:
             ValueError: other tensors than the probe has, or other shapes.
         """
-        given = {"weight": weight, "key": key, "query": query}
+        tensors = {"weight": weight, "key": key, "query": query}
+        given = {name: value for name, value in tensors.items() if value is not None}
         wanted = {"weight"} if self.m is None else {"key", "query"}
-        if {name for name, value in given.items() if value is not None} != wanted:
+        if set(given) != wanted:
             raise ValueError(f"load: expected exactly {' and '.join(sorted(wanted))}")
         for name in wanted:
-            value = given[name].mT if linear else given[name]  # type: ignore[union-attr]
+            value = given[name].mT if linear else given[name]
             mine = getattr(self, name)
             if value.shape != mine.shape:
                 raise ValueError(
