@@ -20,7 +20,7 @@ from transfuse.testing.spec import Outputs, Tensors
 from transfuse.testing.specs import all_specs
 
 SPECS = all_specs()
-FUZZ_EXAMPLES = 60
+FUZZ_EXAMPLES = 40
 
 
 def _name(value: object) -> str:
@@ -66,13 +66,20 @@ def _derivable(spec: OpSpec, backend: str, dtype: torch.dtype, case: Case) -> bo
 
 def _twice_derivable(spec: OpSpec, backend: str, dtype: torch.dtype, case: Case) -> bool:
     # The dense oracle of a second derivative holds many attention maps.
-    return "real" not in case.tags and _derivable(spec, backend, dtype, case)
+    return (
+        "real" not in case.tags
+        and _derivable(spec, backend, dtype, case)
+        and _telling(spec, dtype, case)
+    )
+
+
+def _telling(spec: OpSpec, dtype: torch.dtype, case: Case) -> bool:
+    """Every case in float32; in the others, which only load and store differently, some."""
+    return dtype == torch.float32 or case.name in spec.gradcheck
 
 
 def _small(spec: OpSpec, backend: str, dtype: torch.dtype, case: Case) -> bool:
-    """Every case in two dtypes; in the other two, which only load and store differently, some."""
-    enough = dtype in (torch.float32, torch.bfloat16) or case.name in spec.gradcheck
-    return _kernel(backend) and "real" not in case.tags and enough
+    return _kernel(backend) and "real" not in case.tags and _telling(spec, dtype, case)
 
 
 def _repeatable(spec: OpSpec, backend: str, dtype: torch.dtype, case: Case) -> bool:
