@@ -51,7 +51,7 @@ class Matrix(NamedTuple):
         return self.products(vector[None])[0]
 
 
-def as_matrix(operator: object) -> Matrix:
+def as_matrix(operator: Any) -> Matrix:
     """Checks a square operator; without a dtype or device of its own it gets float32 and the CPU.
 
     Vectors for half precision are float32: the operator rounds them, sums of them do not.
