@@ -293,7 +293,7 @@ CASES = (
         modes=("forward",),
     ),
     Case(
-        name="tiny-head",
+        name="tiny",
         title="a call of microseconds: checks the machinery, says nothing about speed",
         make=_step("hgp", 2, 3, 5, 4, PRODUCTS["hgp"]),
         targets=(Target(dtype="float32", mode="full", quick=9),),

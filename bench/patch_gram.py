@@ -95,7 +95,7 @@ def _case(name: str, title: str, make: Callable[[Setup], Workload], quick: int) 
             Target(dtype="bfloat16", bar=2.0),
         ),
         peers=_PEERS,
-        quick_peers=("eager", "separate"),
+        quick_peers=("eager", "separate") if quick > 0 else (),
         memory=True,
     )
 

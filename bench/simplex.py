@@ -202,4 +202,13 @@ CASES = (
         targets=(Target(dtype="float64"),),
         peers=("eager", "scipy"),
     ),
+    Case(
+        name="tiny",
+        title="a call of microseconds: checks the machinery, says nothing about speed",
+        make=_min_norm(3, 3),
+        targets=(Target(dtype="float32", quick=9),),
+        peers=("eager",),
+        quick_peers=("eager",),
+        hidden=True,
+    ),
 )
