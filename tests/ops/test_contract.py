@@ -357,7 +357,7 @@ def test_change_between_forward_and_backward_is_noticed(
         assert "modified by an inplace operation" in message
         noticed += 1
     if noticed == 0:
-        # Allowed only where there is nothing to notice: gradients that do not depend on the tensors.
+        # Only where there is nothing to notice: gradients that do not depend on the tensors.
         doubled = {n: 2 * t if n in j.names else t for n, t in j.tensors.items()}
         assert_same_bits(j.gradients(j.fn, doubled), unchanged)
 
