@@ -29,17 +29,19 @@ struct Head {
   int64_t padded;  // C in whole tiles
 
   explicit Head(const HeadArgs& args)
-      : a(args), width(args.columns + args.ones), padded(round_up(args.classes, kTileRows)) {}
+      : a(args), width(args.columns + (args.bias != nullptr)), padded(round_up(args.classes, kTileRows)) {}
   const T* x(int64_t n) const { return static_cast<const T*>(a.x) + n * a.columns; }
-  const T* logits(int64_t n) const { return static_cast<const T*>(a.logits) + n * a.classes; }
+  const T* weight(int64_t c) const { return static_cast<const T*>(a.weight) + c * a.columns; }
+  T* p(int64_t n) const { return static_cast<T*>(a.p) + n * a.classes; }
+  T* rest(int64_t n) const { return static_cast<T*>(a.rest) + n * a.classes; }
   const T* target(int64_t n) const { return static_cast<const T*>(a.targets) + n * a.classes; }
   T* u(int64_t n) const { return static_cast<T*>(a.u) + n * a.classes; }
   const T* vectors(int64_t e) const {
     return static_cast<const T*>(a.vectors) + (a.shared ? 0 : e * a.classes * width);
   }
+  bool product() const { return a.kind == HeadKind::product; }
   int64_t domain_size(int64_t e) const { return a.offsets[e + 1] - a.offsets[e]; }
   bool diagonal() const { return a.kind == HeadKind::diagonal; }
-  bool product() const { return a.kind == HeadKind::product; }
 };
 
 // Stretches of at most `most` samples, none across two domains.
@@ -109,7 +111,8 @@ T jacobian(int64_t classes, const T* p, const T* rest, T* g) {
 
 // The factor of the sample in the result: p (1 - p) / n, (p - y) / n or J u / n.
 template <class T>
-void row_factor(const Head<T>& head, int64_t sample, T scale, const T* p, const T* rest, T* left) {
+void row_factor(const Head<T>& head, int64_t sample, T scale, T* left) {
+  const T *p = head.p(sample), *rest = head.rest(sample);
   const int64_t classes = head.a.classes;
   switch (head.a.kind) {
     case HeadKind::diagonal:
@@ -127,7 +130,8 @@ void row_factor(const Head<T>& head, int64_t sample, T scale, const T* p, const 
 
 // g, the gradient by the factor of the sample (n times too large), becomes that by its logits; turn becomes that by u.
 template <class T>
-void row_backward(const Head<T>& head, int64_t sample, T scale, const T* p, const T* rest, T* g, T* turn) {
+void row_backward(const Head<T>& head, int64_t sample, T scale, T* g, T* turn) {
+  const T *p = head.p(sample), *rest = head.rest(sample);
   const int64_t classes = head.a.classes;
   for (int64_t c = 0; c < classes; ++c) g[c] *= scale;
   if (head.diagonal())
@@ -169,13 +173,6 @@ constexpr int64_t block_columns() {
   return kPanelVecs * Simd<T>::W * (kVectorBytes == 64 ? 2 : 4);
 }
 
-// f(x_i).v_c over all columns of the rows of a part, v (C x D) that of its domain.
-template <class T, bool kSquares>
-void row_dots(const Head<T>& head, const Rows& part, const T* v, T* out, int64_t ldo) {
-  dots<T, kSquares>(part.last - part.first, head.a.columns, head.a.classes, head.x(part.first), head.a.columns, v,
-                    head.width, head.a.ones ? v + head.a.columns : nullptr, head.width, out, ldo);
-}
-
 template <class T>
 void run_forward(const HeadArgs& args, const Parallel& parallel) {
   using Plain = DotPlain<T>;
@@ -186,12 +183,18 @@ void run_forward(const HeadArgs& args, const Parallel& parallel) {
   each(args, parallel, (int64_t)parts.size(), [&](int64_t task) {
     const Rows& part = parts[(size_t)task];
     const T scale = T(1) / (T)head.domain_size(part.domain);
-    T* p = static_cast<T*>(thread_scratch(sizeof(T) * 2 * (size_t)classes));
-    T* rest = p + classes;
-    if (head.product()) row_dots<T, false>(head, part, head.vectors(part.domain), head.u(part.first), classes);
-    for (int64_t n = part.first; n < part.last; ++n) {
-      probabilities(classes, head.logits(n), p, rest);
-      row_factor(head, n, scale, p, rest, &left[(size_t)(n * padded)]);
+    T* z = static_cast<T*>(thread_scratch(sizeof(T) * (size_t)(kDotRows * classes)));
+    const int64_t rows = part.last - part.first;
+    dots<T, false>(rows, args.columns, classes, head.x(part.first), args.columns, head.weight(0), args.columns,
+                   static_cast<const T*>(args.bias), 1, z, classes);
+    if (head.product()) {
+      const T* v = head.vectors(part.domain);
+      dots<T, false>(rows, args.columns, classes, head.x(part.first), args.columns, v, head.width,
+                     args.bias == nullptr ? nullptr : v + args.columns, head.width, head.u(part.first), classes);
+    }
+    for (int64_t n = part.first; n < part.last; ++n, z += classes) {
+      probabilities(classes, z, head.p(n), head.rest(n));
+      row_factor(head, n, scale, &left[(size_t)(n * padded)]);
     }
   });
   const int64_t blocks = (head.width + columns - 1) / columns;
@@ -218,39 +221,42 @@ void run_backward(const HeadArgs& args, const Parallel& parallel) {
   const int64_t classes = args.classes, padded = head.padded, columns = block_columns<T>(), width = head.width;
   const T* grad = static_cast<const T*>(args.grad);
   // A block of samples is read in whole tiles, the last of them beyond the last sample.
-  std::vector<T> left((size_t)((args.samples + kTileRows) * padded), T(0)), turn;
+  std::vector<T> left((size_t)((args.samples + kTileRows) * padded), T(0)), slope = left, turn;
   if (head.product()) turn = left;
   const std::vector<Rows> parts = stretches(args, kDotRows);
   each(args, parallel, (int64_t)parts.size(), [&](int64_t task) {
     const Rows& part = parts[(size_t)task];
     const T scale = T(1) / (T)head.domain_size(part.domain);
-    T* p = static_cast<T*>(thread_scratch(sizeof(T) * 2 * (size_t)classes));
-    T* rest = p + classes;
-    T* g = static_cast<T*>(args.logits_grad) + part.first * classes;
-    const auto product = head.diagonal() ? row_dots<T, true> : row_dots<T, false>;
-    product(head, part, grad + part.domain * classes * width, g, classes);
-    for (int64_t n = part.first; n < part.last; ++n, g += classes) {
-      probabilities(classes, head.logits(n), p, rest);
-      row_backward(head, n, scale, p, rest, g, head.product() ? &turn[(size_t)(n * padded)] : nullptr);
-      row_factor(head, n, scale, p, rest, &left[(size_t)(n * padded)]);
+    const T* own = grad + part.domain * classes * width;
+    const T* ones = args.bias == nullptr ? nullptr : own + args.columns;
+    const auto product = head.diagonal() ? dots<T, true> : dots<T, false>;
+    T* g = &slope[(size_t)(part.first * padded)];
+    product(part.last - part.first, args.columns, classes, head.x(part.first), args.columns, own, width, ones, width, g,
+            padded);
+    for (int64_t n = part.first; n < part.last; ++n, g += padded) {
+      row_backward(head, n, scale, g, head.product() ? &turn[(size_t)(n * padded)] : nullptr);
+      row_factor(head, n, scale, &left[(size_t)(n * padded)]);
     }
   });
-  if (args.x_grad == nullptr && args.vectors_grad == nullptr) return;
   const int64_t blocks = (width + columns - 1) / columns;
   const int vecs = (int)(columns / Simd<T>::W);
   each(args, parallel, blocks, [&](int64_t task) {
     const int64_t k = task * columns, live = std::min(columns, width - k);
-    // Of x and its gradient, without the column of ones.
+    // Of x, W and their gradients, without the column of ones.
     const int64_t real = std::max<int64_t>(0, std::min(live, args.columns - k));
     const size_t tile = (size_t)(round_up(kRows, kTileRows) * columns), matrix = (size_t)(padded * columns);
-    T* x = static_cast<T*>(thread_scratch(sizeof(T) * (2 * tile + 3 * matrix)));
-    T *moved = x + tile, *own = moved + tile, *vectors = own + matrix, *turned = vectors + matrix;
+    T* x = static_cast<T*>(thread_scratch(sizeof(T) * (2 * tile + 5 * matrix)));
+    T *moved = x + tile, *weight = moved + tile, *own = weight + matrix, *vectors = own + matrix;
+    T *sum = vectors + matrix, *turned = sum + matrix;
+    pack(head.weight(0), args.columns, classes, k, real, args.columns, columns, weight);
     int64_t domain = -1, turned_domain = -1;
     for (const Rows& piece : stretches(args, kRows)) {
       const int64_t rows = piece.last - piece.first, at = piece.first * padded;
-      const T* l = &left[(size_t)at];
+      const T *l = &left[(size_t)at], *s = &slope[(size_t)at];
       const T* t = head.product() ? &turn[(size_t)at] : nullptr;
       pack(head.x(piece.first), args.columns, rows, k, live, args.columns, columns, x);
+      if (args.head_grad)
+        gemm<Plain, true>((int)padded, vecs, rows, s, padded, x, columns, sum, columns, piece.first > 0);
       if (args.vectors_grad != nullptr) {
         const bool more = args.shared ? piece.first > 0 : piece.domain == turned_domain;
         turned_domain = piece.domain;
@@ -271,8 +277,14 @@ void run_backward(const HeadArgs& args, const Parallel& parallel) {
       if (head.diagonal())
         for (int64_t i = 0; i < rows * columns; ++i) moved[i] *= T(2) * x[i];
       if (head.product()) gemm<Plain, false>(tiled, vecs, classes, t, padded, vectors, columns, moved, columns, true);
+      gemm<Plain, false>(tiled, vecs, classes, s, padded, weight, columns, moved, columns, true);
       T* out = static_cast<T*>(args.x_grad) + piece.first * args.columns + k;
       for (int64_t i = 0; i < rows; ++i) copy_row(moved + i * columns, real, out + i * args.columns);
+    }
+    if (!args.head_grad) return;
+    for (int64_t c = 0; c < classes; ++c) {
+      if (real > 0) copy_row(sum + c * columns, real, static_cast<T*>(args.weight_grad) + c * args.columns + k);
+      if (real < live) static_cast<T*>(args.bias_grad)[c] = sum[c * columns + real];
     }
   });
 }

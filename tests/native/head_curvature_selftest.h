@@ -13,7 +13,7 @@ struct HeadProblem {
   int64_t samples, columns, classes, width;
   std::vector<int64_t> offsets;
   bool bias, shared;
-  std::vector<double> x, logits, targets, vectors;
+  std::vector<double> x, weight, offset, targets, vectors;
 
   double input(int64_t n, int64_t k) const { return k == columns ? 1.0 : x[(size_t)(n * columns + k)]; }
 
@@ -22,8 +22,10 @@ struct HeadProblem {
     std::vector<double> p((size_t)classes), u((size_t)classes), left((size_t)classes);
     double largest = -1e300, total = 0.0, mean = 0.0;
     for (int64_t c = 0; c < classes; ++c) {
-      p[(size_t)c] = logits[(size_t)(n * classes + c)];
-      largest = std::max(largest, p[(size_t)c]);
+      double z = bias ? offset[(size_t)c] : 0.0;
+      for (int64_t k = 0; k < columns; ++k) z += weight[(size_t)(c * columns + k)] * input(n, k);
+      p[(size_t)c] = z;
+      largest = std::max(largest, z);
       if (kind == transfuse::HeadKind::product)
         for (int64_t k = 0; k < width; ++k)
           u[(size_t)c] += vectors[(size_t)(((shared ? 0 : domain) * classes + c) * width + k)] * input(n, k);
@@ -66,13 +68,14 @@ void check_head(uint64_t number, transfuse::HeadKind kind, const std::vector<int
                 int64_t classes, bool bias, bool shared) {
   Random r(number);
   HeadProblem problem{
-      kind, offsets.back(), columns, classes, columns + (bias ? 1 : 0), offsets, bias, shared, {}, {}, {}, {}};
+      kind, offsets.back(), columns, classes, columns + (bias ? 1 : 0), offsets, bias, shared, {}, {}, {}, {}, {}};
   const auto draw = [&](std::vector<double>* to, int64_t count) {
     for (int64_t i = 0; i < count; ++i) to->push_back((double)(T)r.uniform());
   };
   const int64_t domains = (int64_t)offsets.size() - 1, width = problem.width;
   draw(&problem.x, problem.samples * columns);
-  draw(&problem.logits, problem.samples * classes);
+  draw(&problem.weight, classes * columns);
+  draw(&problem.offset, classes);
   draw(&problem.targets, problem.samples * classes);
   draw(&problem.vectors, (shared ? 1 : domains) * classes * width);
   std::vector<double> cotangent;
@@ -81,36 +84,40 @@ void check_head(uint64_t number, transfuse::HeadKind kind, const std::vector<int
                            std::to_string(columns) + " x " + std::to_string(classes) + (bias ? " bias" : "") +
                            (shared ? " shared" : "") + (sizeof(T) == 8 ? " f64" : " f32");
 
-  const std::vector<T> x = narrowed<T>(problem.x), logits = narrowed<T>(problem.logits);
-  const std::vector<T> targets = narrowed<T>(problem.targets);
+  const std::vector<T> x = narrowed<T>(problem.x), weight = narrowed<T>(problem.weight);
+  const std::vector<T> offset = narrowed<T>(problem.offset), targets = narrowed<T>(problem.targets);
   const std::vector<T> vectors = narrowed<T>(problem.vectors), grad = narrowed<T>(cotangent);
-  std::vector<T> out[2], to_x[2], to_logits[2], to_vectors[2];
+  std::vector<T> out[2], to_x[2], to_weight[2], to_bias[2], to_vectors[2];
   for (const int run : {0, 1}) {
-    std::vector<T> u((size_t)(problem.samples * classes));
+    std::vector<T> p((size_t)(problem.samples * classes)), rest = p, u = p;
     out[run].assign(grad.size(), T(-7));
     to_x[run].assign(x.size(), T(-7));
-    to_logits[run].assign(logits.size(), T(-7));
+    to_weight[run].assign(weight.size(), T(-7));
+    to_bias[run].assign(offset.size(), T(-7));
     to_vectors[run].assign(vectors.size(), T(-7));
     transfuse::HeadArgs args;
     args.kind = kind;
     args.f64 = sizeof(T) == 8;
     args.samples = problem.samples, args.columns = columns, args.classes = classes, args.domains = domains;
     args.offsets = offsets.data();
-    args.x = x.data(), args.logits = logits.data();
-    args.ones = bias;
+    args.x = x.data(), args.weight = weight.data();
+    args.bias = bias ? offset.data() : nullptr;
     const bool product = kind == transfuse::HeadKind::product;
     args.targets = kind == transfuse::HeadKind::gradient ? targets.data() : nullptr;
     args.vectors = product ? vectors.data() : nullptr;
     args.shared = shared;
-    args.out = out[run].data(), args.u = u.data();
+    args.out = out[run].data(), args.p = p.data(), args.rest = rest.data(), args.u = u.data();
     const auto parallel = run == 1 ? transfuse::std_thread_parallel(3) : transfuse::serial_parallel();
     transfuse::head_kernels().forward(args, parallel);
     args.grad = grad.data();
-    args.x_grad = to_x[run].data(), args.logits_grad = to_logits[run].data();
+    args.head_grad = true;
+    args.x_grad = to_x[run].data(), args.weight_grad = to_weight[run].data();
+    args.bias_grad = bias ? to_bias[run].data() : nullptr;
     args.vectors_grad = product ? to_vectors[run].data() : nullptr;
     transfuse::head_kernels().backward(args, parallel);
   }
-  check(out[0] == out[1] && to_x[0] == to_x[1] && to_logits[0] == to_logits[1] && to_vectors[0] == to_vectors[1],
+  check(out[0] == out[1] && to_x[0] == to_x[1] && to_weight[0] == to_weight[1] && to_bias[0] == to_bias[1] &&
+            to_vectors[0] == to_vectors[1],
         name + ": 3 threads give other bits");
 
   const double eps = sizeof(T) == 8 ? 1e-12 : 4e-5;
@@ -142,7 +149,8 @@ void check_head(uint64_t number, transfuse::HeadKind kind, const std::vector<int
     check(close, name + ": gradient by " + what);
   };
   compare(&problem.x, to_x[0], "x");
-  compare(&problem.logits, to_logits[0], "logits");
+  compare(&problem.weight, to_weight[0], "weight");
+  if (bias) compare(&problem.offset, to_bias[0], "bias");
   if (kind == transfuse::HeadKind::product) compare(&problem.vectors, to_vectors[0], "vectors");
 }
 

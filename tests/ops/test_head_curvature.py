@@ -367,24 +367,26 @@ def test_threads_do_not_change_a_bit(cpu, kind):
 
 def test_raw_ops_refuse_what_would_read_out_of_bounds(cpu):
     raw = torch.ops.transfuse
-    x, z = torch.zeros(6, 3), torch.zeros(6, 2)
+    x, w, b = torch.zeros(6, 3), torch.zeros(2, 3), torch.zeros(2)
     for args, match in (
-        ((x, z[:5], None, None, [0, 6], True), "logits must have shape"),
-        ((x, z, None, None, [0, 5], True), "offsets must go from 0 to 6"),
-        ((x, z, None, None, [0, 3, 3, 6], True), "domain 1 is empty"),
-        ((x, z, None, None, [], True), "at least one domain"),
-        ((x, z, x, None, [0, 6], True), "targets must have shape"),
-        ((x, z, None, z, [0, 6], True), "three axes"),
-        ((x, z, None, torch.zeros(1, 2, 3), [0, 6], True), "vectors must have shape"),
-        ((x, z, z, torch.zeros(1, 2, 4), [0, 6], True), "exclude each other"),
-        ((x.half(), z, None, None, [0, 6], True), "float32 or float64"),
-        ((x, z.double(), None, None, [0, 6], True), "of the dtype of x"),
-        ((x.T.contiguous().T, z, None, None, [0, 6], True), "contiguous"),
+        ((x, w[:, :2], b, None, None, [0, 6]), "weight must have shape"),
+        ((x, w, b[:1], None, None, [0, 6]), "bias must have shape"),
+        ((x, w, b, None, None, [0, 5]), "offsets must go from 0 to 6"),
+        ((x, w, b, None, None, [0, 3, 3, 6]), "domain 1 is empty"),
+        ((x, w, b, None, None, []), "at least one domain"),
+        ((x, w, b, b, None, [0, 6]), "targets must have shape"),
+        ((x.half(), w, b, None, None, [0, 6]), "float32 or float64"),
+        ((x, w.double(), b, None, None, [0, 6]), "of the dtype of x"),
+        ((x.T.contiguous().T, w, b, None, None, [0, 6]), "contiguous"),
     ):
         with pytest.raises(RuntimeError, match=match):
             raw.head_forward(*args)
+    for vectors, match in ((w, "three axes"), (w[None], "vectors must have shape")):
+        with pytest.raises(RuntimeError, match=match):
+            raw.head_forward(x, w, b, None, vectors, [0, 6])
+    p = torch.zeros(6, 2)
     with pytest.raises(RuntimeError, match="grad must have shape"):
-        raw.head_backward(x, z[:0], x, z, None, None, [0, 6], True, True, True)
+        raw.head_backward(x, p, p, p[:0], x, w, b, None, None, [0, 6], True, True, True)
 
 
 _FORCED = """

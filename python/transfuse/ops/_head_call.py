@@ -58,16 +58,6 @@ class Head(NamedTuple):
         return self.weight.shape[1] + (self.bias is not None)
 
 
-class Batch(NamedTuple):
-    """Samples with their logits: all that the curvature depends on. ``ones``: a column of ones is
-    behind the features, that of the bias."""
-
-    features: Tensor
-    logits: Tensor
-    ones: bool
-    segments: Segments
-
-
 def working_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float64 where any tensor is float64, float32 otherwise."""
     wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
@@ -92,12 +82,6 @@ def head(
     dtype = working_dtype(features, weight, bias, *more)
     wide_bias = None if bias is None else bias.to(dtype)
     return Head(features.to(dtype), weight.to(dtype), wide_bias, parts)
-
-
-def batch(given: Head) -> Batch:
-    """The samples of a head's call with their logits."""
-    logits = torch.nn.functional.linear(given.features, given.weight, given.bias)
-    return Batch(given.features, logits, given.bias is not None, given.segments)
 
 
 def targets(labels: object, features: Tensor, classes: int) -> Tensor:

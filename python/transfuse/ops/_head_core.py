@@ -1,9 +1,9 @@
 """The differentiable core of the head curvature ops on the CPU: kernels, and rules of derivatives.
 
-The kernels take logits, and give the gradient (with targets), the Hessian's product with a vector
-for each domain or for all (with vectors) or its diagonal (with neither), and the first derivative
-of each. The second derivative is composed of eager torch operations; a third raises. Forward mode
-and ``torch.func`` transforms do not come here: they take the composition.
+The kernels give the gradient (with targets), the Hessian's product with a vector for each domain or
+for all (with vectors) or its diagonal (with neither), and the first derivative of each. The second
+derivative is composed of eager torch operations; a third raises. Forward mode and ``torch.func``
+transforms do not come here: the wrappers run the composition for them.
 """
 
 from __future__ import annotations
@@ -14,58 +14,51 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from transfuse import _backend
-from transfuse._autograd import (
-    Differentiable,
-    Tensors,
-    function,
-    needs_derivative,
-    transformed,
-)
+from transfuse._autograd import Differentiable, Tensors, function
 from transfuse.ops import _head_reference
-from transfuse.ops._head_call import Batch, Segments
+from transfuse.ops._head_call import Head, Segments
 
 
 class Static(NamedTuple):
     """What a call has besides tensors; then the gradients that are wanted."""
 
     offsets: tuple[int, ...]
-    ones: bool
     x_grad: bool = True
+    head_grad: bool = True
     vectors_grad: bool = True
 
 
 def forward(static: Static, tensors: Tensors) -> tuple[Tensor, ...]:
-    """The result and u of (x, logits, targets, vectors)."""
-    return torch.ops.transfuse.head_forward(*tensors, static.offsets, static.ones)
+    """The result, p, 1 - p and u of (x, weight, bias, targets, vectors)."""
+    return torch.ops.transfuse.head_forward(*tensors, static.offsets)
 
 
 def backward(static: Static, tensors: Tensors) -> tuple[Tensor, ...]:
-    """Gradients by x, logits and vectors, of (grad, u, x, logits, targets, vectors)."""
+    """Gradients by x, weight, bias and vectors, of (grad, p, 1 - p, u, x, weight, bias, targets,
+    vectors)."""
     grad, *rest = tensors
     return torch.ops.transfuse.head_backward(grad.contiguous(), *rest, *static)
 
 
-def composed(batch: Batch, targets: Tensor | None = None, vectors: Tensor | None = None) -> Tensor:
+def composed(head: Head, targets: Tensor | None, vectors: Tensor | None) -> Tensor:
     """What :func:`forward` gives, in eager torch."""
     if targets is not None:
-        return _head_reference.gradient(batch, targets)
+        return _head_reference.gradient(head, targets)
     if vectors is not None:
         shared = vectors.shape[0] == 1
-        return _head_reference.product(batch, vectors if shared else vectors[:, None])[:, 0]
-    return _head_reference.diagonal(batch)
+        return _head_reference.product(head, vectors if shared else vectors[:, None])[:, 0]
+    return _head_reference.diagonal(head)
 
 
 def _second(static: Static, tensors: Tensors) -> tuple[Tensor, ...]:
-    """Gradients by grad, x, logits and vectors, of (their cotangents but the first, grad, x,
-    logits, vectors, targets)."""
+    """Gradients by grad, x, weight, bias and vectors, of (their cotangents but the first, grad, x,
+    weight, bias, vectors, targets)."""
     *given, targets = tensors
-    cotangents, originals = given[:3], given[3:]
+    cotangents, originals = given[:4], given[4:]
     with torch.enable_grad():
         leaves = [None if t is None else t.detach().requires_grad_() for t in originals]
-        grad, x, logits, vectors = leaves
-        batch = Batch(x, logits, static.ones, Segments(static.offsets, True))
-        out = composed(batch, targets, vectors)
+        grad, x, weight, bias, vectors = leaves
+        out = composed(Head(x, weight, bias, Segments(static.offsets, True)), targets, vectors)
         moved = [(t, c) for t, c in zip(leaves[1:], cotangents, strict=True) if c is not None]
         first = torch.autograd.grad(
             out, [t for t, _ in moved], grad, create_graph=True, materialize_grads=True
@@ -91,23 +84,31 @@ def rules(table: Callable[[], Calls]) -> dict[str, Callable]:
     """vjp rules of both directions, written against ``table()``."""
 
     def forward_vjp(static, tensors, outputs, grads, needs):
-        if grads[0] is None or not (needs[0] or needs[1] or needs[3]):
-            return [None] * 4
-        wanted = static._replace(x_grad=bool(needs[0]), vectors_grad=bool(needs[3]))
-        to_x, to_logits, to_vectors = table().backward(wanted, (grads[0], outputs[1], *tensors))
-        found = (to_x, to_logits, None, to_vectors)
+        wanted = (bool(needs[0]), bool(needs[1] or needs[2]), bool(needs[4]))
+        if grads[0] is None or not any(wanted):
+            return [None] * 5
+        _, *rest = outputs
+        to_x, to_weight, to_bias, to_vectors = table().backward(
+            Static(static.offsets, *wanted), (grads[0], *rest, *tensors)
+        )
+        found = (to_x, to_weight, to_bias, None, to_vectors)
         return [g if need else None for g, need in zip(found, needs, strict=True)]
 
     def backward_vjp(static, tensors, outputs, cotangents, needs):
-        grad, _, x, logits, targets, vectors = tensors
+        grad, _, _, _, x, weight, bias, targets, vectors = tensors
         # Results that were not wanted, or are not there, are empty tensors.
-        there = (static.x_grad, True, static.vectors_grad and vectors is not None)
+        there = (
+            static.x_grad,
+            static.head_grad,
+            static.head_grad and bias is not None,
+            static.vectors_grad and vectors is not None,
+        )
         cotangents = [c if flag else None for c, flag in zip(cotangents, there, strict=True)]
         if all(c is None for c in cotangents):
-            return [None] * 6
-        found = second(static, (*cotangents, grad, x, logits, vectors, targets))
-        to_grad, to_x, to_logits, to_vectors = found
-        return [to_grad, None, to_x, to_logits, None, to_vectors]
+            return [None] * 9
+        found = second(static, (*cotangents, grad, x, weight, bias, vectors, targets))
+        to_grad, *to_head, to_vectors = found
+        return [to_grad, None, None, None, *to_head, None, to_vectors]
 
     return {"forward": forward_vjp, "backward": backward_vjp}
 
@@ -125,65 +126,48 @@ def _build() -> Calls:
 functions = _build()
 
 
-def run(batch: Batch, targets: Tensor | None = None, vectors: Tensor | None = None) -> Tensor:
-    """The kernel's result with whatever derivatives are asked for: the gradient (with targets), the
-    product with vectors (E, C, D) or (1, C, D), or the diagonal; (E, C, D)."""
-    tensors = [
-        None if t is None else t.contiguous()
-        for t in (batch.features, batch.logits, targets, vectors)
-    ]
-    static = Static(batch.segments.bounds, batch.ones)
-    if needs_derivative(tensors) and not torch.compiler.is_compiling():
-        return functions.forward(static, tensors)[0]
-    return forward(static, tensors)[0]
-
-
-def chosen(op: str, backend: str | None, like: Tensor) -> str:
-    """The backend that runs. Transforms and forward mode take the composition, whose derivatives of
-    any order and direction are torch's own."""
-    found = _backend.choose(op, backend, like.device, like.dtype)
-    return "composed" if found != "cpu" or transformed() else "cpu"
-
-
-def runner(op: str, backend: str | None, like: Tensor) -> Callable[..., Tensor]:
-    """:func:`run` or :func:`composed`."""
-    return run if chosen(op, backend, like) == "cpu" else composed
-
-
 # ---- what torch.compile sees --------------------------------------------------------------------
 
 _RULES = rules(lambda: Calls(forward, backward))
 
 
-def _fake_forward(x, logits, targets, vectors, offsets, ones):
-    samples, classes = logits.shape
-    out = x.new_empty((len(offsets) - 1, classes, x.shape[1] + ones))
-    return out, x.new_empty((0 if vectors is None else samples, classes))
+def _fake_forward(x, weight, bias, targets, vectors, offsets):
+    width, classes = x.shape[1] + (bias is not None), weight.shape[0]
+    p = x.new_empty((x.shape[0], classes))
+    u = x.new_empty((0 if vectors is None else x.shape[0], classes))
+    return x.new_empty((len(offsets) - 1, classes, width)), p, torch.empty_like(p), u
 
 
-def _fake_backward(grad, u, x, logits, targets, vectors, offsets, ones, x_grad, vectors_grad):
+def _fake_backward(
+    grad, p, rest, u, x, weight, bias, targets, vectors, offsets, x_grad, head_grad, vectors_grad
+):
     def result(wanted, like):
         return torch.empty_like(like) if wanted and like is not None else x.new_empty((0,))
 
-    return result(x_grad, x), torch.empty_like(logits), result(vectors_grad, vectors)
+    return (
+        result(x_grad, x),
+        result(head_grad, weight),
+        result(head_grad, bias),
+        result(vectors_grad, vectors),
+    )
 
 
 def _setup_forward(ctx, inputs, output):
-    *tensors, offsets, ones = inputs
-    ctx.static = Static(tuple(offsets), ones)
+    *tensors, offsets = inputs
+    ctx.static = Static(tuple(offsets))
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output)
 
 
 def _backward_of_forward(ctx, *grads):
     saved = ctx.saved_tensors
-    found = _RULES["forward"](ctx.static, saved[:4], saved[4:], grads, ctx.needs_input_grad[:4])
-    return (*found, None, None)
+    found = _RULES["forward"](ctx.static, saved[:5], saved[5:], grads, ctx.needs_input_grad[:5])
+    return (*found, None)
 
 
 def _setup_backward(ctx, inputs, output):
-    *tensors, offsets, ones, x_grad, vectors_grad = inputs
-    ctx.static = Static(tuple(offsets), ones, x_grad, vectors_grad)
+    *tensors, offsets, x_grad, head_grad, vectors_grad = inputs
+    ctx.static = Static(tuple(offsets), x_grad, head_grad, vectors_grad)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors)
 

@@ -18,12 +18,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from transfuse.ops._head_call import Batch, Segments
+from transfuse.ops._head_call import Head, Segments
 
 
-def probabilities(logits: Tensor) -> tuple[Tensor, Tensor]:
+def probabilities(head: Head) -> tuple[Tensor, Tensor]:
     """p and 1 - p, each (N, C), both with all their digits."""
-    if logits.shape[1] == 1:
+    logits = torch.nn.functional.linear(head.features, head.weight, head.bias)
+    if head.classes == 1:
         return logits.sigmoid(), (-logits).sigmoid()
     # 1 - p of the largest class would lose its digits when p is near 1: the sum of the others.
     top = logits.detach().argmax(-1, keepdim=True)
@@ -79,55 +80,66 @@ def mean_rows(values: Tensor, segments: Segments) -> Tensor:
     return torch.stack([part.mean() for part in values.split(segments.lengths)])
 
 
-def gradient(batch: Batch, targets: Tensor) -> Tensor:
+def gradient(head: Head, targets: Tensor) -> Tensor:
     """(E, C, D)."""
-    p, _ = probabilities(batch.logits)
-    return mean_outer(p - targets, batch.features, batch.ones, batch.segments)
+    p, _ = probabilities(head)
+    return mean_outer(p - targets, head.features, head.bias is not None, head.segments)
 
 
-def diagonal(batch: Batch) -> Tensor:
+def diagonal(head: Head) -> Tensor:
     """(E, C, D)."""
-    p, rest = probabilities(batch.logits)
-    squares = batch.features * batch.features
-    return mean_outer(p * rest, squares, batch.ones, batch.segments)
+    p, rest = probabilities(head)
+    squares = head.features * head.features
+    return mean_outer(p * rest, squares, head.bias is not None, head.segments)
 
 
-def trace(batch: Batch) -> Tensor:
+def trace(head: Head) -> Tensor:
     """(E,)."""
-    p, rest = probabilities(batch.logits)
-    length = (batch.features * batch.features).sum(-1) + (batch.ones)
-    return mean_rows((p * rest).sum(-1) * length, batch.segments)
+    p, rest = probabilities(head)
+    length = (head.features * head.features).sum(-1) + (head.bias is not None)
+    return mean_rows((p * rest).sum(-1) * length, head.segments)
 
 
-def product(batch: Batch, vectors: Tensor) -> Tensor:
+def product(head: Head, vectors: Tensor) -> Tensor:
     """H_e V: (E, R, C, D) for vectors (R, C, D), shared, or (E, R, C, D)."""
-    p, _ = probabilities(batch.logits)
-    bias, (runs, classes) = batch.ones, vectors.shape[-3:-1]
+    p, _ = probabilities(head)
+    return _product(head, p, vectors)
+
+
+def hgp(head: Head, targets: Tensor) -> Tensor:
+    """H_e g_e, (E, C, D)."""
+    p, _ = probabilities(head)
+    slope = mean_outer(p - targets, head.features, head.bias is not None, head.segments)
+    return _product(head, p, slope[:, None])[:, 0]
+
+
+def _product(head: Head, p: Tensor, vectors: Tensor) -> Tensor:
+    bias, (runs, classes) = head.bias is not None, vectors.shape[-3:-1]
     flat = vectors.flatten(-3, -2)
     if vectors.dim() == 3:
-        u = outputs(batch.features, flat, bias)
+        u = outputs(head.features, flat, bias)
     else:
-        u = outputs_per_domain(batch.features, flat, bias, batch.segments)
+        u = outputs_per_domain(head.features, flat, bias, head.segments)
     u, p = u.unflatten(-1, (runs, classes)), p[:, None]
     t = p * (u - (p * u).sum(-1, keepdim=True))
-    result = mean_outer(t.flatten(1), batch.features, bias, batch.segments)
+    result = mean_outer(t.flatten(1), head.features, bias, head.segments)
     return result.unflatten(1, (runs, classes))
 
 
-def squared_distance(batch: Batch) -> Tensor:
+def squared_distance(head: Head) -> Tensor:
     """``|H_e - H_f|_F^2`` for all pairs of domains, (E, E), from the N x N inner products.
 
     <A (x) xx^T, B (x) yy^T> = <A, B> (x.y)^2 with A = diag p - pp^T, and <A, B> is the sum of
     products of diagonals, p (1-p) q (1-q), and of the other entries, (p.q)^2 - p^2 . q^2.
     """
-    p, rest = probabilities(batch.logits)
+    p, rest = probabilities(head)
     spread, squares = p * rest, p * p
-    inner = batch.features @ batch.features.mT
-    if batch.ones:
+    inner = head.features @ head.features.mT
+    if head.bias is not None:
         inner = inner + 1.0
     diagonals = torch.cat((spread, squares), 1) @ torch.cat((spread, -squares), 1).mT
     classes = diagonals + (p @ p.mT).square()
-    return distances(pair_means(inner.square() * classes, batch.segments))
+    return distances(pair_means(inner.square() * classes, head.segments))
 
 
 def pair_means(pairs: Tensor, segments: Segments) -> Tensor:

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from transfuse import _backend, _native
+from transfuse._autograd import needs_derivative, transformed
 from transfuse.ops import _head_call, _head_core, _head_reference
-from transfuse.ops._head_call import full_precision
+from transfuse.ops._head_call import Head, full_precision
 
 __all__ = [
     "head_gradient",
@@ -84,9 +85,9 @@ def head_gradient(
     """
     head = _head_call.head(features, weight, bias, segments)
     targets = _head_call.targets(labels, head.features, head.classes)
-    run = _head_core.runner("head_gradient", backend, head.features)
+    run = _kernel if _chosen("head_gradient", backend, head) == "cpu" else _head_core.composed
     with full_precision(head.features):
-        return head.segments.shape(run(_head_call.batch(head), targets))
+        return head.segments.shape(run(head, targets, None))
 
 
 def head_hessian_diagonal(
@@ -136,9 +137,30 @@ def head_hessian_diagonal(
         torch.Size([2, 3, 5])
     """
     head = _head_call.head(features, weight, bias, segments)
-    run = _head_core.runner("head_hessian_diagonal", backend, head.features)
+    chosen = _chosen("head_hessian_diagonal", backend, head)
+    run = _kernel if chosen == "cpu" else _head_core.composed
     with full_precision(head.features):
-        return head.segments.shape(run(_head_call.batch(head)))
+        return head.segments.shape(run(head, None, None))
+
+
+def _chosen(op: str, backend: str | None, head: Head) -> str:
+    """The backend that runs. Transforms and forward mode take the composition, whose derivatives of
+    any order and direction are torch's own."""
+    chosen = _backend.choose(op, backend, head.features.device, head.features.dtype)
+    return "composed" if chosen != "cpu" or transformed() else "cpu"
+
+
+def _kernel(head: Head, targets: Tensor | None, vectors: Tensor | None) -> Tensor:
+    """The gradient (with targets), the product with vectors (E, C, D) or (1, C, D), or the
+    diagonal (with neither), (E, C, D)."""
+    tensors = [
+        None if t is None else t.contiguous()
+        for t in (head.features, head.weight, head.bias, targets, vectors)
+    ]
+    static = _head_core.Static(head.segments.bounds)
+    eager = not torch.compiler.is_compiling()
+    call = _head_core.functions if eager and needs_derivative(tensors) else _head_core
+    return call.forward(static, tensors)[0]
 
 
 def head_hessian_trace(
@@ -185,7 +207,7 @@ def head_hessian_trace(
     head = _head_call.head(features, weight, bias, segments)
     _backend.choose("head_hessian_trace", backend, head.features.device, head.features.dtype)
     with full_precision(head.features):
-        return head.segments.shape(_head_reference.trace(_head_call.batch(head)))
+        return head.segments.shape(_head_reference.trace(head))
 
 
 def head_hessian_product(
@@ -236,17 +258,16 @@ def head_hessian_product(
     vectors = _head_call.vectors(vectors)
     head = _head_call.head(features, weight, bias, segments, vectors)
     vectors = _head_call.fit_vectors("vectors", vectors, head)
-    chosen = _head_core.chosen("head_hessian_product", backend, head.features)
+    chosen = _chosen("head_hessian_product", backend, head)
     many = vectors[None] if vectors.dim() == 2 else vectors
     with full_precision(head.features):
-        batch = _head_call.batch(head)
-        if chosen == "cpu" and (many.shape[-3] == 1 or (backend is not None and many.numel() > 0)):
+        if chosen == "cpu" and (many.shape[-3] == 1 or backend is not None):
             # The runs are the first axis, or the one behind the domains.
             own = many[:, None] if many.dim() == 3 else many.transpose(0, 1)
-            parts = [_head_core.run(batch, None, own[run]) for run in range(own.shape[0])]
-            result = torch.stack(parts, 1)
+            parts = [_kernel(head, None, own[run]) for run in range(own.shape[0])]
+            result = torch.stack(parts, 1) if parts else _head_reference.product(head, many)
         else:
-            result = _head_reference.product(batch, many)
+            result = _head_reference.product(head, many)
         return head.segments.shape(result[:, 0] if vectors.dim() == 2 else result)
 
 
@@ -279,7 +300,7 @@ def head_hgp(
         RuntimeError: a named backend that cannot run here, with the reason.
 
     Notes:
-        Four matrix products of 2 N C d operations. Else as :func:`head_gradient`. For the mean of
+        Five matrix products of 2 N C d operations. Else as :func:`head_gradient`. For the mean of
         the losses of several domains, take the mean of :func:`head_hessian_product` with the mean
         gradient: the mean of these products is something else. Where a gradient is 0 the product is
         0; the norm-gradient form is 0 / 0 there.
@@ -298,7 +319,8 @@ def head_hgp(
     """
     head = _head_call.head(features, weight, bias, segments)
     targets = _head_call.targets(labels, head.features, head.classes)
-    run = _head_core.runner("head_hgp", backend, head.features)
+    chosen = _chosen("head_hgp", backend, head)
     with full_precision(head.features):
-        batch = _head_call.batch(head)
-        return head.segments.shape(run(batch, None, run(batch, targets)))
+        if chosen != "cpu":
+            return head.segments.shape(_head_reference.hgp(head, targets))
+        return head.segments.shape(_kernel(head, None, _kernel(head, targets, None)))

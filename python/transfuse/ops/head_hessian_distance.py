@@ -69,13 +69,16 @@ def head_hessian_distance(
     dtype = head.features.dtype
     _backend.choose("head_hessian_distance", backend, head.features.device, dtype)
     with full_precision(head.features):
-        bias = None if head.bias is None else head.bias.double()
-        wide = Head(head.features.double(), head.weight.double(), bias, head.segments)
-        batch = _head_call.batch(wide)
+        wide = Head(
+            head.features.double(),
+            head.weight.double(),
+            None if head.bias is None else head.bias.double(),
+            head.segments,
+        )
         small = head.features.shape[0] ** 2 <= _head_distance.BLOCK
         if small or backend == "reference" or transformed() or torch.compiler.is_compiling():
-            return _head_reference.squared_distance(batch).to(dtype)
-        p, rest = _head_reference.probabilities(batch.logits)
-        static = _head_distance.Static(batch.segments, batch.ones)
-        (products,) = _head_distance.inner_products(static, (batch.features, p, p * rest))
+            return _head_reference.squared_distance(wide).to(dtype)
+        p, rest = _head_reference.probabilities(wide)
+        static = _head_distance.Static(wide.segments, wide.bias is not None)
+        (products,) = _head_distance.inner_products(static, (wide.features, p, p * rest))
         return _head_reference.distances(products).to(dtype)

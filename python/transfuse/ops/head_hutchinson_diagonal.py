@@ -108,9 +108,9 @@ def head_hutchinson_diagonal(
                 size = head.classes * head.width
                 given = rademacher(seed, 0, runs * count, size, dtype, device)
                 given = given.reshape(runs, *shape) if independent else given.reshape(shape)
-            result = (_head_reference.product(_head_call.batch(head), given) * given).mean(1)
+            result = (_head_reference.product(head, given) * given).mean(1)
             return head.segments.shape(result)
-        p, _ = _head_reference.probabilities(_head_call.batch(head).logits)
+        p, _ = _head_reference.probabilities(head)
         return head.segments.shape(_estimates(head, p, given, count, seed, independent))
 
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from transfuse.ops import (
     _head_call,
-    _head_core,
+    head_gradient,
+    head_hessian_diagonal,
     head_hessian_distance,
     head_hessian_product,
     head_hutchinson_diagonal,
@@ -59,27 +60,27 @@ class LinearHead:
     ) -> None:
         self.given = (features, head.weight, head.bias)
         self.labels, self.bounds = labels, bounds
-        checked = _head_call.head(*self.given, bounds)
-        self.targets = _head_call.targets(labels, checked.features, checked.classes)
-        # The ops would each make logits of their own, and carry a gradient to the head each.
-        with _head_call.full_precision(checked.features):
-            self.batch = _head_call.batch(checked)
-        self.run = _head_core.runner("head_gradient", None, checked.features)
+        self.lengths = [b - a for a, b in itertools.pairwise(bounds)]
 
     def losses(self) -> Tensor:
-        return domain_losses(self.batch.logits, self.labels, self.batch.segments.lengths)
+        features, weight, bias = self.given
+        wide = torch.promote_types(torch.promote_types(features.dtype, weight.dtype), torch.float32)
+        with torch.autocast(features.device.type, enabled=False):
+            logits = F.linear(
+                features.to(wide), weight.to(wide), None if bias is None else bias.to(wide)
+            )
+        return domain_losses(logits, self.labels, self.lengths)
 
     def gradients(self) -> Pair:
-        """``head_gradient`` of each domain."""
-        g = self.run(self.batch, self.targets)
+        g = head_gradient(*self.given, self.labels, segments=self.bounds)
         return Pair(g, g.mean(0))
 
     def hgp(self, g: Pair, detached: bool) -> Pair:
-        """``head_hgp`` of each domain, and the mean's Hessian times the mean's gradient, which is
-        not the mean of the products."""
-        own = self.run(self.batch, None, g.domains)
+        # What head_hgp gives, without the gradient a second time.
+        own = head_hessian_product(*self.given, g.domains[:, None], segments=self.bounds)[:, 0]
+        # The mean's Hessian times the mean's gradient, not the mean of the products.
         with torch.set_grad_enabled(torch.is_grad_enabled() and not detached):
-            crossed = self.run(self.batch, None, g.mean[None])
+            crossed = head_hessian_product(*self.given, g.mean, segments=self.bounds)
         return Pair(own, crossed.mean(0))
 
     def hutchinson(self, probes: Probes, g: Pair, detached: bool) -> Pair:
@@ -104,8 +105,7 @@ class LinearHead:
             return Pair(own, estimate(which, (probes.seed + 1) % 2**64, False).mean(0))
 
     def exact(self) -> Pair:
-        """``head_hessian_diagonal`` of each domain."""
-        q = self.run(self.batch)
+        q = head_hessian_diagonal(*self.given, segments=self.bounds)
         return Pair(q, q.mean(0))
 
     def frobenius(self) -> Tensor:
@@ -123,7 +123,7 @@ class LinearHead:
         quotient with respect to it is 0.
         """
         features, weight, bias = self.given
-        domains = len(self.bounds) - 1
+        domains = len(self.lengths)
         shape = (domains, weight.shape[0], weight.shape[1] + (bias is not None))
         dtype = torch.promote_types(
             torch.promote_types(features.dtype, weight.dtype), torch.float32

@@ -95,7 +95,6 @@ class AlignmentTerms(NamedTuple):
         "head_hessian_diagonal",
         "head_hessian_distance",
         "head_hessian_product",
-        "head_hgp",
         "head_hutchinson_diagonal",
     ),
 )
@@ -231,16 +230,15 @@ class HessianAlignment(nn.Module):
             parts = LinearHead(head, x, y, bounds)
         else:
             parts = ModuleHead(head, x, y, bounds)
-        with _head_call.full_precision(x):
-            g, losses = parts.gradients(), parts.losses()
-            gap = _gaps(g, self.detach_mean)
-            q, curvature = self._curvature(parts, g, probes)
-            nll = losses.mean()
-            if len(bounds) == 2:
-                # One domain has nothing to agree with; rounding must not make it something.
-                gap, curvature = gap * 0.0, curvature * 0.0
-            each = self.alpha * curvature + self.beta * gap
-            penalty = each.mean() if self.reduction == "mean" else each.sum()
+        g, losses = parts.gradients(), parts.losses()
+        gap = _gaps(g, self.detach_mean)
+        q, curvature = self._curvature(parts, g, probes)
+        nll = losses.mean()
+        if len(bounds) == 2:
+            # One domain has nothing to agree with; rounding must not make it something.
+            gap, curvature = gap * 0.0, curvature * 0.0
+        each = self.alpha * curvature + self.beta * gap
+        penalty = each.mean() if self.reduction == "mean" else each.sum()
         return AlignmentTerms(
             nll + penalty,
             nll,

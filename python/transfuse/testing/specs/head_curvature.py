@@ -293,19 +293,20 @@ def _raw_calls(kind: str) -> Callable[[str], tuple[RawCall, ...]]:
             if product:
                 v = torch.randn(2, 3, 5, generator=generator).requires_grad_(grad)
                 u = torch.randn(5, 3, generator=generator)
-            x = tensors["features"].requires_grad_(grad)
-            z = torch.randn(5, 3, generator=generator).requires_grad_(grad)
+            x, w, b = (tensors[n].requires_grad_(grad) for n in ("features", "weight", "bias"))
             label = "with gradients" if grad else "plain"
-            both = (x, z, targets, v, [0, 3, 5], True)
+            both = (x, w, b, targets, v, [0, 3, 5])
             found.append(RawCall(f"forward, {label}", ops.head_forward, both))
             if not product:
-                alone = (x, z, targets, None, [0, 5], False)
+                alone = (x, w, None, targets, None, [0, 5])
                 found.append(RawCall(f"no bias, {label}", ops.head_forward, alone))
             if not grad:
-                whole = (torch.randn(2, 3, 5, generator=generator), u, *both)
+                p = torch.rand(5, 3, generator=generator)
+                cotangent = torch.randn(2, 3, 5, generator=generator)
+                whole = (cotangent, p, 1 - p, u, *both)
                 found += [
-                    RawCall("backward", ops.head_backward, (*whole, True, True)),
-                    RawCall("backward, logits", ops.head_backward, (*whole, False, False)),
+                    RawCall("backward", ops.head_backward, (*whole, True, True, True)),
+                    RawCall("backward, head", ops.head_backward, (*whole, False, True, False)),
                 ]
         return tuple(found)
 
