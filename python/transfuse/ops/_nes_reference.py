@@ -20,8 +20,9 @@ _GROUP = 64
 
 def philox(seed: int, sample: int | Tensor, blocks: Tensor) -> list[Tensor]:
     """The four words, as int64, of each block of a sample (or of a sample for each block)."""
-    samples = torch.as_tensor(sample, device=blocks.device).expand_as(blocks)
-    c = [blocks & _LOW, blocks >> 32 & _LOW, samples & _LOW, samples >> 32 & _LOW]
+    # A number may have 64 bits, which no tensor holds before its halves are taken.
+    zeros = torch.zeros_like(blocks)
+    c = [blocks & _LOW, blocks >> 32 & _LOW, zeros + (sample & _LOW), zeros + (sample >> 32 & _LOW)]
     low, high = seed & _LOW, seed >> 32 & _LOW
     for _ in range(10):
         # The product of two 32-bit numbers wraps around in int64; its bits are the right ones.
