@@ -35,6 +35,7 @@ Deviations from the official code, all deliberate:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -230,9 +231,11 @@ class HessianAlignment(nn.Module):
             parts = LinearHead(head, x, y, bounds)
         else:
             parts = ModuleHead(head, x, y, bounds)
-        g, losses = parts.gradients(), parts.losses()
-        gap = _gaps(g, self.detach_mean)
-        q, curvature = self._curvature(parts, g, probes)
+        # Another module's own products stay as autocast wants them.
+        with _head_call.full_precision(x) if linear else nullcontext():
+            g, losses = parts.gradients(), parts.losses()
+            gap = _gaps(g, self.detach_mean)
+            q, curvature = self._curvature(parts, g, probes)
         nll = losses.mean()
         if len(bounds) == 2:
             # One domain has nothing to agree with; rounding must not make it something.
