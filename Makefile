@@ -121,7 +121,7 @@ sdist: $(VENV)/.packages  ## source distribution in dist/
 	$(PY) -m build -q --sdist --no-isolation
 
 wheel: sdist  ## wheel in dist/, built from the source distribution
-	PATH="$(abspath $(BIN)):$$PATH" $(PIP) wheel -q --no-build-isolation --no-deps -w dist dist/transfuse-*.tar.gz
+	PATH="$(abspath $(BIN)):$$PATH" $(PIP) wheel -q --no-build-isolation --no-deps $(ARGS) -w dist dist/transfuse-*.tar.gz
 
 clean:  ## remove build output and the virtual environment
 	rm -rf build dist $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -10,7 +10,6 @@ from transfuse import _backend, _native
 from transfuse.ops import adain
 from transfuse.ops._adain_reference import adain_reference
 from transfuse.testing import oracle
-from transfuse.testing.children import ISA_LEVELS, isa_supported, run_at_isa_level
 from transfuse.testing.specs import find_spec
 
 SPEC = find_spec("adain")
@@ -115,36 +114,6 @@ def test_threads_do_not_change_a_bit(cpu, layout, shape, dims):
     one = run(1)
     for threads in (2, 3, 2):
         assert all(torch.equal(a, b) for a, b in zip(one, run(threads), strict=True))
-
-
-_FORCED = """
-import torch
-from transfuse import _C
-from transfuse.testing import oracle
-from transfuse.testing.specs import find_spec
-
-spec = find_spec("adain")
-for case in spec.cases:
-    if case.tags & {"bench"}:
-        continue
-    for dtype in spec.dtypes:
-        args = case.build(dtype)
-        out = oracle.values(oracle.function(args, spec.op, "cpu"), args.tensors)
-        eager = oracle.values(oracle.function(args, spec.reference), args.tensors)
-        wide = oracle.widen(args.tensors)
-        truth = oracle.values(oracle.function(args, spec.reference), wide)
-        terms = oracle.magnitude(*args.tensors.values())
-        verdict = oracle.compare(out[0], truth[0], eager[0], terms=terms)
-        assert verdict.ok, (case.name, dtype, str(verdict))
-print(_C.isa_in_use())
-"""
-
-
-@pytest.mark.parametrize("level", ISA_LEVELS)
-def test_every_instruction_set(cpu, level):
-    if not isa_supported(level):
-        pytest.skip(f"this processor does not run {level}")
-    run_at_isa_level(_FORCED, level)
 
 
 # -- layouts, sharing, backends -----------------------------------------------------------------

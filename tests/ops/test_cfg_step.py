@@ -19,7 +19,6 @@ from transfuse.ops import (
 )
 from transfuse.ops._cfg_reference import cfg_step_reference
 from transfuse.testing import oracle
-from transfuse.testing.children import ISA_LEVELS, isa_supported, run_at_isa_level
 from transfuse.testing.specs import find_spec
 
 try:
@@ -319,38 +318,6 @@ def test_tensors_without_numbers(cpu):
 def test_explain():
     text = transfuse.explain("cfg_step", torch.zeros(1, 2))
     assert "cfg_step on cpu" in text
-
-
-_FORCED = """
-import torch
-from transfuse import _C
-from transfuse.testing import oracle
-from transfuse.testing.specs import find_spec
-
-for name in ("cfg_step_with_cosine", "noise_mix"):
-    spec = find_spec(name)
-    for case in spec.cases:
-        if case.tags & {"bench"}:
-            continue
-        for dtype in spec.dtypes:
-            args = case.build(dtype)
-            out = oracle.values(oracle.function(args, spec.op, "cpu"), args.tensors)
-            eager = oracle.values(oracle.function(args, spec.reference), args.tensors)
-            wide = oracle.widen(args.tensors)
-            truth = oracle.values(oracle.function(args, spec.reference), wide)
-            terms = oracle.magnitude(*args.tensors.values())
-            for results in zip(out, truth, eager):
-                verdict = oracle.compare(*results, terms=terms)
-                assert verdict.ok, (name, case.name, dtype, str(verdict))
-print(_C.isa_in_use())
-"""
-
-
-@pytest.mark.parametrize("level", ISA_LEVELS)
-def test_every_instruction_set(cpu, level):
-    if not isa_supported(level):
-        pytest.skip(f"this processor does not run {level}")
-    run_at_isa_level(_FORCED, level)
 
 
 def test_float32_is_as_good_as_eager(cpu):

@@ -14,7 +14,16 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from transfuse.testing import CallArgs, Case, OpSpec, functorch, inputs, matrix, oracle
+from transfuse.testing import (
+    CallArgs,
+    Case,
+    OpSpec,
+    backends,
+    functorch,
+    inputs,
+    matrix,
+    oracle,
+)
 from transfuse.testing.oracle import GRADIENT_UNITS, SECOND_UNITS, TANGENT_UNITS, VALUE_UNITS
 from transfuse.testing.spec import Outputs, Tensors
 from transfuse.testing.specs import all_specs
@@ -40,10 +49,26 @@ def over(*axes: str, keep: Callable[..., bool] = lambda *_: True) -> pytest.Mark
     for axis in axes:
         rows = [(*row, choice) for row in rows for choice in choices[axis](row[0])]
     rows = [row for row in rows if keep(*row)]
+    if "backend" in axes:
+        rows = _once_if_never(rows)
     ids = ["-".join(_name(v).replace(" ", "_") for v in row) for row in rows]
     if not axes:
         rows = [row[0] for row in rows]
     return pytest.mark.parametrize(",".join(("spec", *axes)), rows, ids=ids)
+
+
+def _once_if_never(rows: Sequence[tuple]) -> list[tuple]:
+    """Of rows that start with (spec, backend), one where the backend has no device: one skip."""
+    if torch.cuda.is_available():
+        return list(rows)
+    kept, seen = [], set()
+    for row in rows:
+        if row[1] in backends.ON_CUDA:
+            if (row[0].name, row[1]) in seen:
+                continue
+            seen.add((row[0].name, row[1]))
+        kept.append(row)
+    return kept
 
 
 def _kernel(backend: str) -> bool:
@@ -273,35 +298,45 @@ def test_gradcheck(spec: OpSpec, backend: str, case: Case, device_for) -> None:
 # -- transforms ---------------------------------------------------------------------------------
 
 
-def _checks(spec: OpSpec) -> list[tuple[functorch.Check, str]]:
-    """Compilation is slow, so it is tried on one case; the rest on every gradcheck case."""
+# "compile, dynamic" and "compile, inductor" see the same and more; the support matrix, which is made
+# by trying, tries these two.
+SEEN_ELSEWHERE = frozenset({"compile", "compile, backward"})
+
+
+def _checks(spec: OpSpec, backend: str) -> list[tuple[functorch.Check, str]]:
+    """What is slow (compilation, Jacobians entry by entry) is tried on one case; the rest on every
+    gradcheck case. The reference is plain torch, which is compiled where it is the only backend."""
     return [
         (check, name)
         for check in functorch.CHECKS
-        for name in (spec.gradcheck[:1] if check.kind == "compile" else spec.gradcheck)
+        for name in (
+            spec.gradcheck[:1] if check.kind == "compile" or check.tiny else spec.gradcheck
+        )
+        if (_kernel(backend) or name == spec.gradcheck[0])
+        and (check.kind != "compile" or _compared(spec, backend))
+        and check.name not in SEEN_ELSEWHERE
     ]
+
+
+TRANSFORMS = _once_if_never(
+    [
+        (spec, backend, check, name)
+        for spec in SPECS
+        for backend in spec.backends
+        for check, name in _checks(spec, backend)
+    ]
+)
 
 
 @pytest.mark.parametrize(
     ("spec", "backend", "check", "name"),
-    [
-        pytest.param(
-            spec,
-            backend,
-            check,
-            name,
-            id=f"{spec.name}-{backend}-{check.name}-{name}".replace(" ", "_"),
-        )
-        for spec in SPECS
-        for backend in spec.backends
-        for check, name in _checks(spec)
-        if _kernel(backend) or name == spec.gradcheck[0]
-    ],
+    TRANSFORMS,
+    ids=["-".join(_name(v).replace(" ", "_") for v in row) for row in TRANSFORMS],
 )
 def test_transform(
     spec: OpSpec, backend: str, check: functorch.Check, name: str, device_for
 ) -> None:
-    if check.kind == "compile" and not _kernel(backend) and check.name != "compile":
+    if check.kind == "compile" and not _kernel(backend) and check.name != "compile, dynamic":
         pytest.skip("the reference is plain torch")
     if check.name in spec.vanishing:
         pytest.skip("zero for this op")
@@ -323,7 +358,13 @@ def test_opcheck(spec: OpSpec, backend: str, device_for) -> None:
     if len(calls) == 0:
         pytest.skip("no registered ops of its own")
     for call in calls:
-        torch.library.opcheck(call.op, call.args, dict(call.kwargs))
+        # That it compiles, with symbolic sizes too, test_transform has seen through the wrapper.
+        torch.library.opcheck(
+            call.op,
+            call.args,
+            dict(call.kwargs),
+            test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+        )
 
 
 @over(

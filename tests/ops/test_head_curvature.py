@@ -13,7 +13,6 @@ from torch.utils._pytree import tree_leaves
 from transfuse import ops
 from transfuse.ops import _head_distance, _head_hutchinson
 from transfuse.ops._rademacher import rademacher
-from transfuse.testing.children import ISA_LEVELS, isa_supported, run_at_isa_level
 from transfuse.testing.specs import find_spec
 
 SPEC = find_spec("head_hessian_diagonal")
@@ -387,48 +386,3 @@ def test_raw_ops_refuse_what_would_read_out_of_bounds(cpu):
     p = torch.zeros(6, 2)
     with pytest.raises(RuntimeError, match="grad must have shape"):
         raw.head_backward(x, p, p, p[:0], x, w, b, None, None, [0, 6], True, True, True)
-
-
-_FORCED = """
-import torch
-from transfuse import _C
-from transfuse.testing import oracle
-from transfuse.testing.specs import find_spec
-
-for name in ("head_gradient", "head_hessian_diagonal", "head_hessian_product"):
-    spec = find_spec(name)
-    for case in spec.cases:
-        if case.tags & {"bench", "real"} or ("tiny" in case.tags and name != "head_gradient"):
-            continue
-        for dtype in (torch.float32, torch.float64) if case.name == "primes" else (torch.float32,):
-            args = case.build(dtype)
-            fn, reference = (oracle.function(args, spec.op, b) for b in ("cpu", "reference"))
-            wide, names = oracle.widen(args.tensors), case.differentiable
-            results, truth, eager = (
-                oracle.values(f, t)
-                for f, t in ((fn, args.tensors), (reference, wide), (reference, args.tensors))
-            )
-            terms = oracle.magnitude(*args.tensors.values())
-            verdict = oracle.compare(results[0], truth[0], eager[0], terms=terms)
-            assert verdict.ok, (case.name, dtype, str(verdict))
-            cotangents = oracle.directions(truth, torch.Generator().manual_seed(0))
-            own = [c.to(dtype) for c in cotangents]
-            eager = oracle.gradients(reference, args.tensors, names, own)
-            problems = oracle.compare_all(
-                oracle.gradients(fn, args.tensors, names, own),
-                oracle.gradients(reference, wide, names, [c.double() for c in own]),
-                eager,
-                units=oracle.GRADIENT_UNITS,
-                terms=oracle.magnitude(*eager, *args.tensors.values()),
-                names=names,
-            )
-            assert not problems, (case.name, dtype, problems)
-print(_C.isa_in_use())
-"""
-
-
-@pytest.mark.parametrize("level", ISA_LEVELS)
-def test_every_instruction_set(cpu, level):
-    if not isa_supported(level):
-        pytest.skip(f"this processor does not run {level}")
-    run_at_isa_level(_FORCED, level)

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 
 from transfuse.ops import _patch_gram_reference, patch_gram
 from transfuse.ops._patch_gram_call import normalise
-from transfuse.testing.children import ISA_LEVELS, isa_supported, run_at_isa_level
 from transfuse.testing.specs import find_spec
 
 SPEC = find_spec("patch_gram")
@@ -76,32 +75,6 @@ def test_patch_embeddings_run_as_one_product():
     (grad,) = torch.autograd.grad(s.square().sum(), x)
     (want,) = torch.autograd.grad(unfolded(x, 4, stride=4).square().sum(), x)
     torch.testing.assert_close(grad, want)
-
-
-PROGRAM = """
-import torch
-from transfuse import _C
-from transfuse.ops import patch_gram
-from transfuse.testing.specs import find_spec
-for case in find_spec("patch_gram").cases:
-    if case.tags & {"bench"}:
-        continue
-    for dtype in (torch.float32, torch.float64):
-        args = case.build(dtype)
-        got = args.call(patch_gram, args.tensors, "cpu")
-        want = args.call(patch_gram, {"x": args.tensors["x"].double()}, "reference")
-        largest = float(want.abs().max()) if want.numel() else 0.0
-        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5 * largest)
-print(_C.isa_in_use())
-"""
-
-
-@pytest.mark.parametrize("level", ISA_LEVELS)
-def test_every_instruction_set(level, device_for):
-    device_for(SPEC, "cpu", torch.float32)
-    if not isa_supported(level):
-        pytest.skip(f"{level} does not run here")
-    run_at_isa_level(PROGRAM, level)
 
 
 def test_parts_of_the_images_are_summed_in_one_order(device_for):

@@ -35,7 +35,11 @@ def run_under_interpreter(file: str) -> ChildTests:
     # The project's addopts are replaced: a second -q would drop the summary that is read here.
     command = [sys.executable, "-m", "pytest", "-o", "addopts=--import-mode=importlib"]
     child = subprocess.run(
-        [*command, "-q", "-x", "-p", "no:cacheprovider", str(Path(file).resolve())],
+        [
+            *command,
+            *("-q", "-x", "-p", "no:cacheprovider", "-p", "transfuse.testing.interpreter"),
+            str(Path(file).resolve()),
+        ],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -54,17 +58,21 @@ def isa_supported(level: str) -> bool:
     return any(row["name"] == level and row["supported"] for row in _C.isa_report())
 
 
-def run_at_isa_level(program: str, level: str) -> None:
-    """Run a Python program with an instruction set forced; it prints ``_C.isa_in_use()`` last.
+def run_at_isa_level(level: str) -> str:
+    """Try all CPU kernels with an instruction set forced (``transfuse.testing.levels``).
+
+    Returns:
+        What the child printed.
 
     Raises:
-        AssertionError: The program failed, or ran at another level.
+        AssertionError: A kernel differs from the oracle, or the child ran at another level.
     """
     child = subprocess.run(
-        [sys.executable, "-c", program],
+        [sys.executable, "-m", "transfuse.testing.levels"],
         env={**os.environ, "TRANSFUSE_CPU_ISA": level},
         capture_output=True,
         text=True,
     )
-    if child.returncode != 0 or child.stdout.strip() != level:
+    if child.returncode != 0 or not child.stdout.startswith(f"{level}: "):
         raise AssertionError(f"at {level}: {child.stdout[-1000:]}{child.stderr[-4000:]}")
+    return child.stdout
