@@ -298,8 +298,8 @@ def test_gradcheck(spec: OpSpec, backend: str, case: Case, device_for) -> None:
 # -- transforms ---------------------------------------------------------------------------------
 
 
-# "compile, dynamic" and "compile, inductor" see the same and more; the support matrix, which is made
-# by trying, tries these two.
+# "compile, dynamic" and "compile, inductor" see the same and more; the support matrix, which is
+# made by trying, tries these two.
 SEEN_ELSEWHERE = frozenset({"compile", "compile, backward"})
 
 
