@@ -77,7 +77,7 @@ def _backward_lincomb(ctx, grads):
     needs = [coefficients, *base, *deltas, *[False] * sizes[2]]
     found = _lincomb_vjp(static, tensors, None, grads, needs)
     rows = _lists(found[1:], sizes)
-    return rows[0], rows[1], found[0], rows[2], None
+    return rows[0], rows[1], found[0], rows[2], _of_numbers(static.keys)
 
 
 def _setup_dots(ctx, inputs, output) -> None:
@@ -94,7 +94,12 @@ def _backward_dots(ctx, cotangent):
     sizes = (len(grads), len(deltas), static.blocks if static.ids else 0)
     needs = [*grads, *deltas, *[False] * sizes[2]]
     found = _dots_vjp(static, tensors, None, (cotangent,), needs)
-    return (*_lists(found, sizes), None, None)
+    return (*_lists(found, sizes), _of_numbers(static.keys), None)
+
+
+def _of_numbers(keys):
+    """torch takes an empty list for one of tensors, whose gradient is a list."""
+    return None if keys else []
 
 
 def register() -> None:

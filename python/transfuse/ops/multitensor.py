@@ -150,9 +150,7 @@ def multi_norm(
     return (total.sqrt() if order == 2 else total).to(dtype)
 
 
-def multi_dot(
-    xs: Sequence[Tensor], ys: Sequence[Tensor], *, backend: str | None = None
-) -> Tensor:
+def multi_dot(xs: Sequence[Tensor], ys: Sequence[Tensor], *, backend: str | None = None) -> Tensor:
     r"""The inner product of two lists of tensors.
 
     .. math:: \sum_{j, e} x_j[e] \, y_j[e]
@@ -187,9 +185,7 @@ def multi_dot(
     return _dots(left, [right], chosen).sum().to(composed.working_dtype(known))
 
 
-def multi_gram(
-    lists: Sequence[Sequence[Tensor | None]], *, backend: str | None = None
-) -> Tensor:
+def multi_gram(lists: Sequence[Sequence[Tensor | None]], *, backend: str | None = None) -> Tensor:
     r"""Inner products of T lists of tensors (the gradients of T losses) with each other.
 
     .. math:: G_{ik} = \sum_{j, e} x_{ij}[e] \, x_{kj}[e]
@@ -228,13 +224,20 @@ def multi_gram(
     if chosen != "cpu":
         return composed.grammed(found)
     if needs_derivative(known):
-        likes = [next((t for t in parts if t is not None), None) for parts in zip(*found, strict=True)]
+        likes = [
+            next((t for t in parts if t is not None), None) for parts in zip(*found, strict=True)
+        ]
         kept = [j for j, like in enumerate(likes) if like is not None]
-        rows = [[torch.zeros_like(likes[j]) if part[j] is None else part[j] for j in kept] for part in found]
+        rows = [
+            [torch.zeros_like(likes[j]) if part[j] is None else part[j] for j in kept]
+            for part in found
+        ]
         products = torch.stack([_dots(row, rows, chosen).sum(1) for row in rows])
         return products.to(dtype)
     none = known[0].new_empty(0)
-    sizes = [max(0 if t is None else t.numel() for t in parts) for parts in zip(*found, strict=True)]
+    sizes = [
+        max(0 if t is None else t.numel() for t in parts) for parts in zip(*found, strict=True)
+    ]
     flat = [none if t is None else t for part in found for t in part]
     return torch.ops.transfuse.multi_gram.default(flat, len(found), sizes).to(dtype)
 

@@ -70,7 +70,7 @@ def ratio_merge(
         TypeError, ValueError: an argument that does not fit; the message names it. Negative or not
             finite weights, and weights that are 0 everywhere while they are to be normalised.
         RuntimeError: a named backend that cannot run here, with the reason.
-        NotImplementedError: a derivative is asked for.
+        NotImplementedError: a derivative is asked for, or inside ``torch.compile``.
 
     Notes:
         Reads models and weights once for all settings, and writes each result once; eager torch
@@ -90,6 +90,10 @@ def ratio_merge(
         >>> ratio_merge(thetas, fisher, torch.tensor([0.5, 0.5]), floor=0.0)
         [tensor([1., 3.])]
     """
+    if torch.compiler.is_compiling():
+        raise NotImplementedError(
+            "ratio_merge: looks at numbers, so it does not run inside torch.compile"
+        )
     call = _checked(thetas, weights, coefficients, floor, favor_target)
     named = _checks.choice("normalize", normalize, _NORMALISE) == 1
     known = pack_lists([*call.thetas, *call.weights])

@@ -179,7 +179,9 @@ def _composed(
         thresholds.append(sizes.kthvalue(rank + 1).values)
     results = []
     for j, first in enumerate(lists[0]):
-        dtype = working_dtype([part[j] for part in (*lists, base)] if base else [p[j] for p in lists])
+        dtype = working_dtype(
+            [part[j] for part in (*lists, base)] if base else [p[j] for p in lists]
+        )
         trimmed = torch.stack(
             [
                 torch.where(part[j].abs() < least, 0, part[j]).to(dtype)

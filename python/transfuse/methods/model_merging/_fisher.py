@@ -78,7 +78,8 @@ def diagonal_fisher(
     Notes:
         The square is taken per example and position sums inside it; one backward pass for all
         classes at once. Beside the result, memory is that of the activations, C times, and of at
-        most 8 million per-example numbers. The model must treat examples apart (no batch statistics).
+        most 8 million per-example numbers. The model must treat examples apart (no batch
+        statistics).
 
     Example:
         >>> import torch
@@ -106,7 +107,7 @@ def diagonal_fisher(
     done = 0
     try:
         for batch in batches:
-            batch = _first_rows(batch, n - done)
+            batch = _rows(batch, 0, n - done)
             count = _add_batch(model, batch, mode, forward, labels, generator, sums)
             done += count
             report(done)
@@ -120,8 +121,8 @@ def diagonal_fisher(
     return {name: total / done for name, total in sums.items()}
 
 
-def _first_rows(batch: Any, rows: int) -> Any:
-    return tree_map(lambda t: t[:rows] if isinstance(t, Tensor) and t.dim() > 0 else t, batch)
+def _rows(batch: Any, begin: int, end: int) -> Any:
+    return tree_map(lambda t: t[begin:end] if isinstance(t, Tensor) and t.dim() > 0 else t, batch)
 
 
 class _Tape:
@@ -218,7 +219,9 @@ def _cotangents(
         return torch.zeros_like(p).scatter(1, drawn, 1.0)[None]
     given = labels()
     if given.shape != p.shape[:1] or given.is_floating_point():
-        raise ValueError(f"labels: expected integers ({p.shape[0]},), got {_checks.describe(given)}")
+        raise ValueError(
+            f"labels: expected integers ({p.shape[0]},), got {_checks.describe(given)}"
+        )
     return torch.zeros_like(p).scatter(1, given[:, None].to(p.device, torch.int64), 1.0)[None]
 
 
@@ -278,10 +281,7 @@ def _add_per_example(
     count = cotangents.shape[1]
     mapped = tree_map(lambda t: 0 if isinstance(t, Tensor) and t.dim() > 0 else None, batch)
     for begin in range(0, count, step):
-        part = tree_map(
-            lambda t: t[begin : begin + step] if isinstance(t, Tensor) and t.dim() > 0 else t,
-            batch,
-        )
+        part = _rows(batch, begin, begin + step)
         rows = cotangents[:, begin : begin + step].movedim(1, 0)
         found = torch.vmap(squares, in_dims=(mapped, 0), randomness="same")(part, rows)
         for name, g in found.items():

@@ -309,9 +309,10 @@ class _Angle:
         cosines = self._products[0, 1:] / (size[0] * size[1:]).clamp_min(1e-300)
         far = [k for k, c in enumerate(cosines.tolist(), 1) if c < LEAST_COSINE]
         if far and float(size[0]) > 0:
+            values = [round(float(cosines[k - 1]), 3) for k in far]
             warnings.warn(
-                f"states{far}: cosine with states[0] {[round(float(cosines[k - 1]), 3) for k in far]}"
-                "; models of other initialisations do not merge",
+                f"states{far}: cosine with states[0] {values}; models of other initialisations do "
+                "not merge",
                 stacklevel=4,
             )
 

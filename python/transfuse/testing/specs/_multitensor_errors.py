@@ -21,7 +21,8 @@ def _bad(
 
     def call(op: Callable[..., object]) -> object:
         given = dict(arguments)
-        return op(*(given.pop(p) for p in positional), **given)
+        first = [given.pop(p) for p in positional]
+        return op(*first, **given)
 
     return BadCase(name, call, error, match)
 
@@ -57,9 +58,7 @@ LINCOMB = (
         r"deltas\[0\]\[0\]: expected float32.* got int8",
         deltas=[[torch.zeros(2, dtype=torch.int8)]] * 2,
     ),
-    _lincomb(
-        "base", ValueError, r"base\[0\]: expected shape \(2, 3\)", base=_lists(1)[0][::-1]
-    ),
+    _lincomb("base", ValueError, r"base\[0\]: expected shape \(2, 3\)", base=_lists(1)[0][::-1]),
     _lincomb(
         "coefficients",
         ValueError,

@@ -8,8 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from transfuse.ops import lincomb, multi_dot, multi_gram, multi_norm, ratio_merge
-from transfuse.ops import ties_merge, trim_largest
+from transfuse.ops import (
+    lincomb,
+    multi_dot,
+    multi_gram,
+    multi_norm,
+    ratio_merge,
+    ties_merge,
+    trim_largest,
+)
 from transfuse.ops._multitensor_reference import (
     lincomb_reference,
     multi_dot_reference,
@@ -18,7 +25,7 @@ from transfuse.ops._multitensor_reference import (
 )
 from transfuse.ops.ratio_merge import ratio_merge_reference
 from transfuse.ops.ties import ties_merge_reference, trim_largest_reference
-from transfuse.testing.spec import Case, CallArgs, OpSpec, RawCall, Tensors
+from transfuse.testing.spec import CallArgs, Case, OpSpec, RawCall, Tensors
 from transfuse.testing.specs import _multitensor_errors as errors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -185,6 +192,8 @@ _REFUSES = {
     "compile, func.jvp": "do not support torch.func transforms",
     "compile, func.vmap": "do not support torch.func transforms",
 }
+# The Hessian with respect to their first tensor.
+_LINEAR = frozenset({"func.hessian"})
 _UNDERIVABLE = "has no derivative|do not support torch.func transforms"
 
 
@@ -259,6 +268,7 @@ SPECS = (
         backends=("reference", "cpu", "triton"),
         gradcheck=("per tensor", "ids", "hash"),
         refuses=_REFUSES,
+        vanishing=_LINEAR,
         fuzz=_fuzz,
         raw_calls=_lincomb_raw,
     ),
@@ -287,6 +297,7 @@ SPECS = (
         backends=("reference", "cpu"),
         gradcheck=("small",),
         refuses=_REFUSES,
+        vanishing=_LINEAR,
     ),
     _spec(
         multi_gram,
@@ -316,7 +327,7 @@ SPECS = (
         errors.RATIO,
         backends=("reference", "cpu"),
         gradcheck=("two models",),
-        underivable=_UNDERIVABLE,
+        underivable=_UNDERIVABLE + "|does not run inside torch.compile",
     ),
     _spec(
         ties_merge,
