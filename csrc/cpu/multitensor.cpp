@@ -1,8 +1,8 @@
 // Linear combinations of lists of tensors, their coefficient gradients, and weighted means, at one ISA level (see
 // multitensor.h).
 //
-// A piece of every list is brought into the first-level cache and added there; the last addition writes the result, past
-// the cache where it is large. Sums of products are float over a piece (in vector lanes), double beyond.
+// A piece of every list is brought into the first-level cache and added there; the last addition writes the result,
+// past the cache where it is large. Sums of products are float over a piece (in vector lanes), double beyond.
 #include "transfuse/multitensor.h"
 
 #include "multitensor_chunks.h"
@@ -20,16 +20,15 @@ TRANSFUSE_INLINE uint32_t mix_bits(uint32_t x) {  // the finaliser of MurmurHash
 }
 
 // Numbers of the coefficients of elements [begin, begin + n) of a block, at most partition.count. Element i under a key
-// has the high half of mix(i_low ^ mix(key_low ^ mix(i_high + mix(key_high)))), times count, shifted down. A piece never
-// crosses a multiple of 2^32.
+// has the high half of mix(i_low ^ mix(key_low ^ mix(i_high + mix(key_high)))), times count, shifted down. A piece
+// never crosses a multiple of 2^32.
 void read_ids(const Partition& partition, int64_t block, int64_t begin, int64_t n, int32_t* ids) {
   const uint32_t count = (uint32_t)partition.count;
   if (partition.keys != nullptr) {
     const uint64_t key = (uint64_t)partition.keys[block];
     const uint32_t high = mix_bits((uint32_t)((uint64_t)begin >> 32) + mix_bits((uint32_t)(key >> 32)));
     const uint32_t inner = mix_bits((uint32_t)key ^ high), low = (uint32_t)begin;
-    for (int64_t i = 0; i < n; ++i)
-      ids[i] = (int32_t)(((mix_bits((low + (uint32_t)i) ^ inner) >> 16) * count) >> 16);
+    for (int64_t i = 0; i < n; ++i) ids[i] = (int32_t)(((mix_bits((low + (uint32_t)i) ^ inner) >> 16) * count) >> 16);
   } else if (partition.wide) {
     const uint16_t* p = static_cast<const uint16_t*>(partition.ids[block]) + begin;
     for (int64_t i = 0; i < n; ++i) ids[i] = (int32_t)std::min<uint32_t>(p[i], count);
@@ -168,14 +167,16 @@ void lincomb_chunk(const LincombArgs& args, const Chunk& chunk) {
   const int64_t partitions = args.partition.count;
   const bool parted = args.partition.ids != nullptr || args.partition.keys != nullptr;
   const int64_t width = parted ? partitions + 1 : 1;
-  char* scratch = static_cast<char*>(thread_scratch(sizeof(LincombPiece<T>) + (size_t)(args.lists * width) * sizeof(T)));
+  char* scratch =
+      static_cast<char*>(thread_scratch(sizeof(LincombPiece<T>) + (size_t)(args.lists * width) * sizeof(T)));
   auto& room = *reinterpret_cast<LincombPiece<T>*>(scratch);
   T* factors = reinterpret_cast<T*>(scratch + sizeof(LincombPiece<T>));
   for (int k = 0; k < args.lists; ++k) {
     const double* own = args.coefficients + ((int64_t)k * args.blocks + chunk.block) * partitions;
     for (int64_t q = 0; q < width; ++q) factors[k * width + q] = q < partitions ? (T)own[q] : T(0);
   }
-  each_piece(chunk, kPiece, [&](int64_t begin, int64_t n) { lincomb_piece(args, chunk.block, begin, n, factors, room); });
+  each_piece(chunk, kPiece,
+             [&](int64_t begin, int64_t n) { lincomb_piece(args, chunk.block, begin, n, factors, room); });
 }
 
 bool is_double(const LincombArgs& args, int64_t block) {
@@ -334,9 +335,8 @@ int64_t ratio_chunk(const RatioArgs& args, const Chunk& chunk) {
   const T** x = reinterpret_cast<const T**>(scratch + numbers);
   int* used = reinterpret_cast<int*>(scratch + numbers + (size_t)args.models * sizeof(T*));
   int64_t refused = 0;
-  each_piece(chunk, kRatioPiece, [&](int64_t begin, int64_t n) {
-    refused += ratio_piece<T>(args, chunk.block, begin, n, room, x, used);
-  });
+  each_piece(chunk, kRatioPiece,
+             [&](int64_t begin, int64_t n) { refused += ratio_piece<T>(args, chunk.block, begin, n, room, x, used); });
   return refused;
 }
 

@@ -75,7 +75,8 @@ inline void* to_element(const Flat& t, int64_t i) { return const_cast<void*>(at_
 // Elements of a tensor as numbers to compute with: where they lie, if they are of that type, else widened into `room`.
 template <class T>
 TRANSFUSE_INLINE const T* fetch(const Flat& t, int64_t begin, int64_t n, T* room) {
-  if (t.dtype == (std::is_same_v<T, double> ? DType::f64 : DType::f32)) return static_cast<const T*>(at_element(t, begin));
+  if (t.dtype == (std::is_same_v<T, double> ? DType::f64 : DType::f32))
+    return static_cast<const T*>(at_element(t, begin));
   load_row(t.ptr, t.dtype, begin, 1, n, room);
   return room;
 }

@@ -233,7 +233,7 @@ struct Bits16 {
   }
 };
 
-constexpr int kDigit = 11;        // bits counted at a time: two histograms lie in the first-level cache
+constexpr int kDigit = 11;         // bits counted at a time: two histograms lie in the first-level cache
 constexpr int64_t kCounters = 64;  // histograms, each of a run of chunks: fixed by sizes, like everything here
 
 // Radix selection: the digits of the wanted number from the highest down, one reading of everything for each.
@@ -330,7 +330,8 @@ void elect_chunk(const ElectArgs& args, const Chunk& chunk) {
       const T least = (T)args.thresholds[k];
       const T* own = x[k];
       for (int64_t i = 0; i < n; ++i) {
-        const T v = own[i], a = v < T(0) ? -v : v, agreed = (v > T(0)) == (sum[i] > T(0)) && (v < T(0)) == (sum[i] < T(0)) ? T(1) : T(0);
+        const T v = own[i], a = v < T(0) ? -v : v,
+                agreed = (v > T(0)) == (sum[i] > T(0)) && (v < T(0)) == (sum[i] < T(0)) ? T(1) : T(0);
         const T kept = a < least ? T(0) : agreed;
         count[i] += kept;
         out[i] += kept != T(0) ? v : T(0);

@@ -201,8 +201,9 @@ std::tuple<TensorList, Tensor> ratio(const TensorList& thetas, const TensorList&
 }
 
 Tensor gram(const TensorList& tensors, int64_t lists, const std::vector<int64_t>& sizes) {
-  STD_TORCH_CHECK(lists >= 1 && lists <= 4096 && !sizes.empty() && (int64_t)tensors.size() == lists * (int64_t)sizes.size(),
-                  "tensors must be ", lists, " lists of ", sizes.size(), ", got ", tensors.size());
+  STD_TORCH_CHECK(
+      lists >= 1 && lists <= 4096 && !sizes.empty() && (int64_t)tensors.size() == lists * (int64_t)sizes.size(),
+      "tensors must be ", lists, " lists of ", sizes.size(), ", got ", tensors.size());
   Lists x;
   x.set_sizes(sizes);
   x.add(tensors, "tensors", true);
@@ -337,12 +338,10 @@ TensorList elect(const TensorList& base, const TensorList& deltas, const Tensor&
 STABLE_TORCH_LIBRARY_FRAGMENT(transfuse, m) {
   m.def("lincomb(Tensor[] base, Tensor[] deltas, Tensor coefficients, Tensor[] ids, int[] keys) -> Tensor[]");
   m.def("block_dots(Tensor[] grads, Tensor[] deltas, Tensor[] ids, int[] keys, int partitions) -> Tensor");
-  m.def(
-      "ratio_merge(Tensor[] thetas, Tensor[] weights, Tensor coefficients, float[] floors) -> (Tensor[], Tensor)");
+  m.def("ratio_merge(Tensor[] thetas, Tensor[] weights, Tensor coefficients, float[] floors) -> (Tensor[], Tensor)");
   m.def("multi_gram(Tensor[] tensors, int lists, int[] sizes) -> Tensor");
   m.def("block_norms(Tensor[] tensors, Tensor[] scale, int order) -> Tensor");
-  m.def(
-      "sam_perturb_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] backup, Tensor factor, bool adaptive) -> ()");
+  m.def("sam_perturb_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] backup, Tensor factor, bool adaptive) -> ()");
   m.def("copy_lists_(Tensor(a!)[] to, Tensor[] from) -> ()");
   m.def("select_magnitude(Tensor[] tensors, int rank) -> Tensor");
   m.def("elect_signs(Tensor[] base, Tensor[] deltas, Tensor thresholds, float scale) -> Tensor[]");

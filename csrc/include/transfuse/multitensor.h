@@ -53,9 +53,9 @@ struct RatioArgs {
   int64_t blocks = 0;
   const int64_t* size = nullptr;
   int models = 0, settings = 0;
-  const Flat* thetas = nullptr;   // (models, blocks)
-  const Flat* weights = nullptr;  // (models, blocks)
-  const Flat* out = nullptr;      // (settings, blocks), written
+  const Flat* thetas = nullptr;          // (models, blocks)
+  const Flat* weights = nullptr;         // (models, blocks)
+  const Flat* out = nullptr;             // (settings, blocks), written
   const double* coefficients = nullptr;  // (settings, models)
   const double* floors = nullptr;        // (models)
   int64_t* refused = nullptr;            // one number: weights that are negative or not finite

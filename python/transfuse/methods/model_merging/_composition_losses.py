@@ -96,7 +96,7 @@ def trusted_samples(
         return torch.ones(n, dtype=torch.bool, device=p.device), labels
     k = max(1, min(n // (10 * classes), 100)) if per_class is None else per_class
     k = min(_checks.positive_int("per_class", k), n)
-    top = p.argsort(0, descending=True, stable=True)[:k]
+    top = p.argsort(dim=0, descending=True, stable=True)[:k]
     chosen = torch.zeros_like(p, dtype=torch.bool).scatter(0, top, True)
     best = torch.where(chosen, p, -1.0).argmax(1)
     trusted = chosen.any(1)
@@ -232,7 +232,7 @@ def select_by_similarity(features: Tensor, target: Tensor, budget: int) -> Tenso
 
 def _largest(size: Tensor, budget: int) -> Tensor:
     count = _checks.positive_int("budget", budget)
-    order = size.argsort(0, descending=True, stable=True)[:count]
+    order = size.argsort(dim=0, descending=True, stable=True)[:count]
     return torch.zeros_like(size, dtype=torch.bool).scatter(0, order, True)
 
 

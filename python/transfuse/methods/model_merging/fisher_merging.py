@@ -224,12 +224,13 @@ def _weights(call: _Call, tables: Tensor, normalize: bool) -> Tensor:
         return tables
     norms = []
     for k, fisher in enumerate(call.fishers):
-        squares = 0.0
         tied = Tied()
-        for names in states_of.groups(call.names.merged, call.states):
-            once = [n for n in names if tied.original(n, call.states[0][n]) == n]
-            if once:
-                squares += float(multi_norm([fisher[n].detach() for n in once]).double()) ** 2
+        # Tensor by tensor and in no order: the same norm for files and for memory.
+        squares = math.fsum(
+            float(multi_norm([fisher[name].detach()])) ** 2
+            for name in call.names.merged
+            if tied.original(name, call.states[0][name]) == name
+        )
         if not 0.0 < squares < math.inf and bool((tables[:, k] > 0).any()):
             raise ValueError(
                 f"fishers[{k}]: expected a positive, finite norm, got {math.sqrt(squares)}: no "

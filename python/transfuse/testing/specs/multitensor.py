@@ -35,6 +35,8 @@ AWKWARD = frozenset({"awkward"})
 
 Shapes = tuple[tuple[int, ...], ...]
 SMALL: Shapes = ((2, 3), (4,), ())
+PAIR: Shapes = ((2, 3), ())
+SINGLE: Shapes = ((3,),)
 # Beyond a piece and a task of the kernels, and nothing.
 LARGE: Shapes = ((1,), (37, 900), (0, 3), (2049,), (5,))
 
@@ -140,11 +142,11 @@ def _bytes(args: CallArgs) -> int:
 
 
 _LINCOMB = {
-    "per tensor": (Lists(), TINY),
+    "per tensor": (Lists(PAIR), TINY),
     "base": (Lists(base=True, count=3), TINY),
     "per list": (Lists(granularity="list", shapes=((3,),)), TINY),
-    "ids": (Lists(granularity="ids", base=True), TINY),
-    "hash": (Lists(granularity="hash"), TINY),
+    "ids": (Lists(PAIR, granularity="ids", base=True), TINY),
+    "hash": (Lists(PAIR, granularity="hash"), TINY),
     "half lists": (Lists(base=True, half=True, count=5), AWKWARD),
     "large": (Lists(LARGE, count=7, base=True), AWKWARD),
     "large wide ids": (Lists(LARGE, granularity="wide", partitions=300), AWKWARD),
@@ -277,6 +279,7 @@ SPECS = (
         multi_norm_reference,
         _named(
             {
+                "one tensor": (Lists(SINGLE, count=1), TINY, _norm(2)),
                 "two": (_ONE, TINY, _norm(2)),
                 "scaled": (_TWO, TINY, _norm(2, scaled=True)),
                 "one": (_ONE, AWKWARD, _norm(1)),
@@ -286,16 +289,22 @@ SPECS = (
         ),
         errors.NORM,
         backends=("reference", "cpu"),
-        gradcheck=("two",),
+        gradcheck=("one tensor",),
         refuses=_REFUSES,
     ),
     _spec(
         multi_dot,
         multi_dot_reference,
-        _named({"small": (_TWO, TINY, _dot), "large": (Lists(LARGE), AWKWARD, _dot)}),
+        _named(
+            {
+                "one tensor": (Lists(SINGLE), TINY, _dot),
+                "small": (_TWO, TINY, _dot),
+                "large": (Lists(LARGE), AWKWARD, _dot),
+            }
+        ),
         errors.DOT,
         backends=("reference", "cpu"),
-        gradcheck=("small",),
+        gradcheck=("one tensor",),
         refuses=_REFUSES,
         vanishing=_LINEAR,
     ),
@@ -304,6 +313,7 @@ SPECS = (
         multi_gram_reference,
         _named(
             {
+                "one tensor": (Lists(SINGLE), TINY, _gram),
                 "small": (_TWO, TINY, _gram),
                 "absent": (_SOME, TINY, _gram),
                 "large": (Lists(LARGE, count=6), AWKWARD, _gram),
@@ -311,7 +321,7 @@ SPECS = (
         ),
         errors.GRAM,
         backends=("reference", "cpu"),
-        gradcheck=("small",),
+        gradcheck=("one tensor",),
         refuses=_REFUSES,
     ),
     _spec(
