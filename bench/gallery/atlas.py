@@ -40,12 +40,12 @@ def compose(seed: int, steps: int) -> tuple[Tensor, list[float], Tensor, list[st
         base = nn.Sequential(
             nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 10)
         )
-    train(base, x[start], y[start], 40, generator)
+    train(base, x[start], y[start], 40, 3e-3)
     vectors = []
     for classes in GROUPS:
         own = tune[torch.isin(y[tune], torch.tensor(classes))]
         tuned = copy.deepcopy(base)
-        train(tuned, x[own], y[own], 150, generator)
+        train(tuned, x[own], y[own], 100, 3e-3)
         vectors.append(TaskVector(base.state_dict(), tuned.state_dict()))
 
     @torch.no_grad()

@@ -263,10 +263,20 @@ typename B::Word select_bits(const SelectArgs& args, const Parallel& parallel) {
           for (int64_t i = 0; i < chunk.count; ++i)
             ++bins[(size_t)((i & 1) * kBins) + (size_t)(B::of(p, chunk.begin + i) >> shift)];
         } else {
-          for (int64_t i = 0; i < chunk.count; ++i) {
-            const Word w = B::of(p, chunk.begin + i);
+          // Few numbers have the digits found so far: eight at a time are passed over, in vectors.
+          const auto count_one = [&](int64_t i) {
+            const Word w = B::of(p, i);
             if ((w >> above) == prefix) ++bins[(size_t)((w >> shift) & mask)];
+          };
+          const int64_t end = chunk.begin + chunk.count;
+          int64_t i = chunk.begin;
+          for (; i + 8 <= end; i += 8) {
+            Word hits = 0;
+            for (int64_t l = 0; l < 8; ++l) hits |= (Word)((B::of(p, i + l) >> above) == prefix);
+            if (hits != 0)
+              for (int64_t l = 0; l < 8; ++l) count_one(i + l);
           }
+          for (; i < end; ++i) count_one(i);
         }
         for (int64_t b = 0; b < kBins; ++b) own[b] += bins[(size_t)b] + (int64_t)bins[(size_t)(kBins + b)];
       }
@@ -323,22 +333,24 @@ void elect_chunk(const ElectArgs& args, const Chunk& chunk) {
       }
     }
     const T* from = args.base == nullptr ? nullptr : fetch<T>(args.base[chunk.block], begin, n, base);
-    for (int64_t i = 0; i < n; ++i) count[i] = T(0);
     T out[kGramPiece];
-    for (int64_t i = 0; i < n; ++i) out[i] = T(0);
+    for (int64_t i = 0; i < n; ++i) {
+      sum[i] = sum[i] > T(0) ? T(1) : sum[i] < T(0) ? T(-1) : sum[i];  // the sign; NaN stays
+      count[i] = T(0);
+      out[i] = T(0);
+    }
     for (int k = 0; k < args.lists; ++k) {
       const T least = (T)args.thresholds[k];
       const T* own = x[k];
       for (int64_t i = 0; i < n; ++i) {
-        const T v = own[i], a = v < T(0) ? -v : v,
-                agreed = (v > T(0)) == (sum[i] > T(0)) && (v < T(0)) == (sum[i] < T(0)) ? T(1) : T(0);
-        const T kept = a < least ? T(0) : agreed;
-        count[i] += kept;
-        out[i] += kept != T(0) ? v : T(0);
+        const T v = own[i], a = v < T(0) ? -v : v;
+        const bool agrees = (a >= least) & (v * sum[i] > T(0));
+        count[i] += agrees ? T(1) : T(0);
+        out[i] += agrees ? v : T(0);
       }
     }
     for (int64_t i = 0; i < n; ++i) {
-      const T mean = count[i] > T(0) ? out[i] / count[i] : T(0);
+      const T mean = count[i] > T(0) ? out[i] / count[i] : sum[i] * T(0);
       out[i] = (from == nullptr ? T(0) : from[i]) + scale * mean;
     }
     put(args.out[chunk.block], begin, n, out);

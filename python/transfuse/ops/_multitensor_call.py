@@ -15,6 +15,7 @@ Partition = Sequence[Tensor] | int | None
 _MASK = 2**64 - 1
 _STEP = 0x9E3779B97F4A7C15  # of the keys of the blocks: 2^64 / golden ratio
 MOST_PARTITIONS = 65536
+_DTYPES = frozenset(_checks.FLOATING)
 
 
 class Combination(NamedTuple):
@@ -33,13 +34,14 @@ def tensor_list(name: str, value: object, *, absent: bool = False) -> list:
         raise TypeError(f"{name}: expected a list of tensors, got {_checks.describe(value)}")
     if len(value) == 0:
         raise ValueError(f"{name}: expected at least one tensor, got none")
+    # Metadata only, and no calls where all is well: lists have hundreds of entries.
+    compiling = torch.compiler.is_compiling()
     for j, entry in enumerate(value):
         if entry is None and absent:
             continue
-        # Metadata only, and no calls where all is well: lists have hundreds of entries.
-        if not isinstance(entry, Tensor) or entry.dtype not in _checks.FLOATING:
+        if not isinstance(entry, Tensor) or entry.dtype not in _DTYPES:
             _checks.floating(f"{name}[{j}]", _checks.dense(f"{name}[{j}]", entry))
-        elif not torch.compiler.is_compiling() and entry.layout is not torch.strided:
+        elif not compiling and entry.layout is not torch.strided:
             _checks.dense(f"{name}[{j}]", entry)
     return list(value)
 
@@ -68,7 +70,8 @@ def same_blocks(name: str, value: Sequence, of: str, like: Sequence) -> None:
                 f"{name}[{j}]: expected shape {tuple(other.shape)} (that of {of}[{j}]), "
                 f"got {tuple(entry.shape)}"
             )
-        _checks.same_device(f"{name}[{j}]", entry, f"{of}[{j}]", other)
+        if entry.device != other.device:
+            _checks.same_device(f"{name}[{j}]", entry, f"{of}[{j}]", other)
 
 
 def one_device(name: str, tensors: Sequence[Tensor]) -> None:

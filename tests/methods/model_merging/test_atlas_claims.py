@@ -19,11 +19,8 @@ def accuracies(seed):
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(x), generator=generator)
     start, tune, held, test = order.split((150, 600, 250, len(x) - 1000))
-    base = trained(
-        network(64, 48, 48, 10, seed=seed), x[start], y[start], steps=40, lr=3e-3,
-        generator=generator,
-    )  # fmt: skip
-    tuned = copies(base, x[tune], y[tune], GROUPS, steps=150, lr=3e-3, generator=generator)
+    base = trained(network(64, 48, 48, 10, seed=seed), x[start], y[start], steps=20, lr=3e-3)
+    tuned = copies(base, x[tune], y[tune], GROUPS, steps=100, lr=3e-3)
     vectors = [TaskVector(base.state_dict(), model.state_dict()) for model in tuned]
     found = [accuracy(base, x[test], y[test])]
     same = Atlas(base, vectors, granularity="task")

@@ -17,15 +17,13 @@ def accuracies(seed):
     x, y = digits()
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(x), generator=generator)
-    start, tune, test = order[:200], order[200:900], order[900:]
-    base = trained(
-        network(64, 48, 10, seed=seed), x[start], y[start], steps=60, lr=3e-3, generator=generator
-    )
-    tuned = copies(base, x[tune], y[tune], HALVES, steps=150, lr=3e-3, generator=generator)
+    start, tune, test = order[:200], order[200:1100], order[1100:]
+    base = trained(network(64, 48, 10, seed=seed), x[start], y[start], steps=40, lr=3e-3)
+    tuned = copies(base, x[tune], y[tune], HALVES, steps=100, lr=1e-3)
     fishers = []
     for model, classes in zip(tuned, HALVES, strict=True):
         own = tune[torch.isin(y[tune], torch.tensor(classes))][:80]
-        fishers.append(diagonal_fisher(model, x[own].split(40)))
+        fishers.append(diagonal_fisher(model, [x[own]]))
     states = [model.state_dict() for model in tuned]
     merged = network(64, 48, 10, seed=seed)
     found = [accuracy(m, x[test], y[test]) for m in (base, *tuned)]

@@ -204,7 +204,7 @@ def _checked(states: States, fishers: Sequence[Mapping[str, Tensor]] | None, kee
 
 
 def _coefficients(value: Tensor | Sequence[float] | None, models: int) -> Tensor:
-    table = torch.ones(models) if value is None else torch.as_tensor(value)
+    table = torch.ones(models) if value is None else torch.as_tensor(value, dtype=torch.float64)
     table = table.detach().to(device="cpu", dtype=torch.float64)
     if table.shape != (models,):
         raise ValueError(f"coefficients: expected shape ({models},), got {tuple(table.shape)}")
