@@ -23,6 +23,7 @@ OP_MODULES = (
     "simplex",
     "nes",
     "lora",
+    "multitensor",
 )
 
 DTYPES = {

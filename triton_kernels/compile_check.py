@@ -31,6 +31,7 @@ from .attention_backward import Tangents, plan_gradients
 from .attention_forward import plan_forward, plan_fused
 from .attention_jvp import plan_jvp
 from .mix import BLOCK, plan_mix
+from .multitensor import BYTES, HASHED, ONE, plan_dots, plan_lincomb
 from .nes import plan_gradient, plan_perturb
 from .patch_gram import plan_gram
 from .token_merging import plan_gather, plan_nearest, plan_push, plan_segments
@@ -215,6 +216,30 @@ def _patch_gram(dtype: torch.dtype, kernel: int, stride: int) -> list[Launch]:
     return plan_gram(_meta(1, 32, 3, 224, 224, dtype=dtype), partial, *pairs)
 
 
+def _lists(base: torch.dtype, delta: torch.dtype, mode: int, dots: bool) -> list[Launch]:
+    """8 task vectors of 152 tensors, of 10 partitions or none."""
+    partitions = 1 if mode == ONE else 10
+    addresses = {
+        name: _meta(*shape, dtype=torch.int64)
+        for name, shape in {
+            "chunks": (42_000, 3),
+            "deltas": (8 * 152,),
+            "ids": (152,),
+            "keys": (152,),
+        }.items()
+    }
+    rest = _meta(152, dtype=torch.int64)
+    likes = _meta(1, dtype=base), _meta(1, dtype=delta)
+    if dots:
+        tables = {**addresses, "grads": rest}
+        partial = _meta(42_000, 8, partitions, dtype=torch.float32)
+        sums = _meta(8, 152, partitions, dtype=torch.float64)
+        return plan_dots(tables, _meta(153, dtype=torch.int64), partial, sums, *likes, mode=mode)
+    table = _meta(8, 152, partitions, dtype=torch.float32)
+    tables = {**addresses, "base": rest, "out": rest, "coefficients": table}
+    return plan_lincomb(tables, *likes, lists=8, mode=mode, has_base=True)
+
+
 def cases() -> list[Case]:
     """The compact set that is compiled."""
     single, half, brain = torch.float32, torch.float16, torch.bfloat16
@@ -266,6 +291,11 @@ def cases() -> list[Case]:
         Case("nes gradient masked", lambda: _nes(None, True), hot=True),
         Case("patch gram fp32 7x7", lambda: _patch_gram(single, 7, 2), hot=True),
         Case("patch gram bf16 3x3", lambda: _patch_gram(brain, 3, 1), hot=True),
+        Case("lincomb fp32 of fp16", lambda: _lists(single, half, ONE, False), hot=True),
+        Case("lincomb bf16 ids", lambda: _lists(brain, brain, BYTES, False), hot=True),
+        Case("lincomb fp32 hashed", lambda: _lists(single, single, HASHED, False), hot=True),
+        Case("block dots fp32 of fp16", lambda: _lists(single, half, ONE, True), hot=True),
+        Case("block dots bf16 hashed", lambda: _lists(brain, brain, HASHED, True), hot=True),
         Case("mix fp32 products", lambda: _mix(single, 0, True, False), hot=True),
     ]
 

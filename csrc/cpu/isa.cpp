@@ -7,6 +7,7 @@
 #include "transfuse/attention.h"
 #include "transfuse/head_curvature.h"
 #include "transfuse/mix.h"
+#include "transfuse/multitensor.h"
 #include "transfuse/nes.h"
 #include "transfuse/patch_gram.h"
 #include "transfuse/peak.h"
@@ -95,6 +96,8 @@ TRANSFUSE_KERNEL_TABLE(AdainKernels, kAdain, adain_kernels)
 TRANSFUSE_KERNEL_TABLE(AttentionKernels, kAttention, attention_kernels)
 TRANSFUSE_KERNEL_TABLE(HeadKernels, kHead, head_kernels)
 TRANSFUSE_KERNEL_TABLE(MixKernels, kMix, mix_kernels)
+TRANSFUSE_KERNEL_TABLE(MultitensorKernels, kMultitensor, multitensor_kernels)
+TRANSFUSE_KERNEL_TABLE(MultitensorSumKernels, kMultitensorSums, multitensor_sum_kernels)
 TRANSFUSE_KERNEL_TABLE(NesKernels, kNes, nes_kernels)
 TRANSFUSE_KERNEL_TABLE(PatchGramKernels, kPatchGram, patch_gram_kernels)
 TRANSFUSE_KERNEL_TABLE(PeakKernels, kPeak, peak_kernels)

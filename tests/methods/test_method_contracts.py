@@ -358,7 +358,66 @@ class TestAggregator:
         assert torch.equal(*again)
 
 
+def _checkpoints(dtype):
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng(devices=[]):
+        start = torch.nn.Linear(4, 3).to(dtype)
+    with torch.no_grad():
+        for p in start.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator))
+    return start, [
+        {n: (t + 0.1 * torch.randn(t.shape, generator=generator)).to(dtype) for n, t in s.items()}
+        for s in (start.state_dict(), start.state_dict())
+    ]
+
+
+def _by_certainty(dtype):
+    _, states = _checkpoints(dtype)
+    fishers = [{n: t.float().square() for n, t in state.items()} for state in states]
+    return states[0], methods.get("fisher_merging")(states, fishers)
+
+
+def _by_coefficients(dtype):
+    from transfuse.methods.model_merging.atlas import TaskVector
+
+    model, states = _checkpoints(dtype)
+    composed = methods.get("atlas")(model, [TaskVector(model.state_dict(), s) for s in states])
+    with torch.no_grad():
+        composed.coef.fill_(0.5)
+    return model.state_dict(), composed.materialize()
+
+
+# slug -> dtype -> (state dict of the target, the merged one)
+MERGERS = {"atlas": _by_coefficients, "fisher_merging": _by_certainty}
+
+
+@pytest.mark.parametrize("slug", methods.list(kind="merger"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mergers_give_a_state_dict_of_the_target_twice_the_same(slug, dtype):
+    before = torch.random.get_rng_state()
+    target, merged = MERGERS[slug](dtype)
+    _, again = MERGERS[slug](dtype)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert list(merged) == list(target)
+    torch.nn.Linear(4, 3).to(dtype).load_state_dict(merged)
+    for name, tensor in merged.items():
+        assert tensor.dtype == dtype
+        assert tensor.isfinite().all()
+        assert not torch.equal(tensor, target[name])
+        assert not tensor.requires_grad
+        assert torch.equal(tensor, again[name])
+
+
 def test_every_kind_in_use_has_a_contract():
-    tested = {"patch", "layer", "guidance", "procedure", "optimizer", "loss", "aggregator"}
+    tested = {
+        "merger",
+        "patch",
+        "layer",
+        "guidance",
+        "procedure",
+        "optimizer",
+        "loss",
+        "aggregator",
+    }
     used = {methods.card(slug).kind for slug in methods.list()}
     assert used <= tested, f"write the contract test of: {sorted(used - tested)}"

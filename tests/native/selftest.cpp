@@ -10,6 +10,7 @@
 #include "check.h"
 #include "head_curvature_selftest.h"
 #include "mix_selftest.h"
+#include "multitensor_selftest.h"
 #include "nes_selftest.h"
 #include "patch_gram_selftest.h"
 #include "simplex_selftest.h"
@@ -39,6 +40,7 @@ int run(int argc, char** argv) {
   selftest::window_selftest(4 * cases);
   selftest::head_curvature_selftest();
   selftest::mix_selftest(cases);
+  selftest::multitensor_selftest();
   selftest::nes_selftest();
   selftest::patch_gram_selftest(cases);
   selftest::simplex_selftest();

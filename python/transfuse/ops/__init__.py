@@ -41,9 +41,12 @@ from transfuse.ops.head_hutchinson_diagonal import head_hutchinson_diagonal
 from transfuse.ops.hessian_operator import HessianOperator
 from transfuse.ops.lora import lora_conv2d, lora_linear
 from transfuse.ops.low_rank_trace import hutchpp_trace, xtrace
+from transfuse.ops.multitensor import lincomb, multi_dot, multi_gram, multi_norm
 from transfuse.ops.nes import nes_gradient, nes_perturb
 from transfuse.ops.noise_mix import NoisyVelocity, noise_mix, noise_mix_with_velocity
 from transfuse.ops.patch_gram import patch_gram
+from transfuse.ops.ratio_merge import ratio_merge
+from transfuse.ops.sharpness import Perturbation, sam_perturb_, sam_restore_
 from transfuse.ops.simplex import (
     NonnegativeSolution,
     ParetoSolution,
@@ -52,6 +55,7 @@ from transfuse.ops.simplex import (
     pareto_lp,
 )
 from transfuse.ops.spectral_density import SpectralDensity, spectral_density
+from transfuse.ops.ties import ties_merge, trim_largest
 from transfuse.ops.token_merging import (
     MergePlan,
     Nearest,
@@ -90,6 +94,7 @@ __all__ = [
     "NoisyVelocity",
     "NonnegativeSolution",
     "ParetoSolution",
+    "Perturbation",
     "Predict",
     "SpectralDensity",
     "adain",
@@ -113,12 +118,16 @@ __all__ = [
     "hutchpp_trace",
     "lanczos",
     "lanczos_eigenpairs",
+    "lincomb",
     "lora_conv2d",
     "lora_linear",
     "match_tokens",
     "merge_attention",
     "merge_tokens",
     "min_norm_simplex",
+    "multi_dot",
+    "multi_gram",
+    "multi_norm",
     "nash_weights",
     "nearest_tokens",
     "nes_gradient",
@@ -131,7 +140,12 @@ __all__ = [
     "pcgrad_weights",
     "power_iteration",
     "push_tokens",
+    "ratio_merge",
+    "sam_perturb_",
+    "sam_restore_",
     "spectral_density",
+    "ties_merge",
+    "trim_largest",
     "unmerge_tokens",
     "upgrad_weights",
     "window_attention",

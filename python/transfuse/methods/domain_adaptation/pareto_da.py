@@ -52,7 +52,7 @@ from transfuse.methods.domain_adaptation._target_surrogate import (
     frozen_statistics,
     refine_predictions,
 )
-from transfuse.ops import pareto_lp
+from transfuse.ops import multi_gram, pareto_lp
 
 __all__ = [
     "ClasswiseDiscriminator",
@@ -95,15 +95,9 @@ class ParetoLosses(NamedTuple):
 
 def _gradient_gram(gradients: Sequence[Gradients]) -> Tensor:
     """Inner products of lists of gradients, in float64; None is 0."""
-    total = torch.zeros((), dtype=torch.float64)
-    for parts in zip(*gradients, strict=True):
-        known = next((p for p in parts if p is not None), None)
-        if known is None:
-            continue
-        rows = torch.stack([torch.zeros_like(known) if p is None else p for p in parts]).flatten(1)
-        rows = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
-        total = total.to(rows.device) + (rows @ rows.mT).double()
-    return total
+    if all(p is None for parts in gradients for p in parts):
+        return torch.zeros((len(gradients), len(gradients)), dtype=torch.float64)
+    return multi_gram(gradients).double()
 
 
 @register(
@@ -123,7 +117,7 @@ def _gradient_gram(gradients: Sequence[Gradients]) -> Tensor:
     arxiv="2112.04137",
     repository="https://github.com/BIT-DA/ParetoDA",
     kind="aggregator",
-    ops=("pareto_lp",),
+    ops=("pareto_lp", "multi_gram"),
 )
 class ParetoWeights(nn.Module):
     r"""Weights of several losses by which they descend together, steered by a held-out loss.

@@ -1,7 +1,8 @@
 """The arithmetic of sharpness-aware steps over lists of tensors.
 
-Everything that touches all parameters is here, in calls over whole lists: one place to exchange for
-fused kernels. Norms and radii stay 0-dimensional tensors on the device; nothing waits for it.
+Everything that touches all parameters is here, in calls over whole lists: the kernels of
+``transfuse.ops`` for norms and the ascent, torch's where there is nothing to fuse. Norms and radii
+stay 0-dimensional tensors on the device; nothing waits for it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from transfuse.ops import multi_norm, sam_perturb_
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -41,33 +44,46 @@ def slices(
 
 def norm(parts: Sequence[Slice], device: torch.device) -> Tensor:
     """One norm over all parts of theta * g (adaptive) or g, at least float32."""
-    found = []
-    for part in parts:
-        terms = part.grads
-        if part.adaptive:
-            terms = list(torch._foreach_mul(_wide(part.params), _wide(part.grads)))
-        elif terms[0].dtype in HALF:
-            terms = _wide(terms)
-        found.append(torch.stack(list(torch._foreach_norm(terms))).to(device))
+    found = [
+        multi_norm(part.grads, scale=part.params if part.adaptive else None).to(device)
+        for part in parts
+    ]
     if not found:
         return torch.zeros((), device=device)
     wide = max((t.dtype for t in found), key=lambda dtype: torch.finfo(dtype).bits)
-    return torch.linalg.vector_norm(torch.cat([t.to(wide) for t in found]))
+    return torch.linalg.vector_norm(torch.stack([t.to(wide) for t in found]))
 
 
-def directions(parts: Sequence[Slice], *, released: bool = False) -> Iterator[list[Tensor]]:
-    """theta^2 * g or g of each part; without the factor g as the released TRAM has it."""
+def ascend(
+    parts: Sequence[Slice], params: Sequence[Tensor], into: list[Tensor] | None, factor: Tensor
+) -> list[Tensor]:
+    """theta += factor * theta^2 g or factor * g in every part; copies of all parameters before."""
+    kept = [torch.empty_like(p) for p in params] if into is None else into
+    place = {id(p): copy for p, copy in zip(params, kept, strict=True)}
+    moved = {id(p) for part in parts for p in part.params}
+    still = [p for p in params if id(p) not in moved]
+    if still:
+        torch._foreach_copy_([place[id(p)] for p in still], still)
     for part in parts:
-        if released and part.adaptive:
+        sam_perturb_(
+            part.params,
+            part.grads,
+            factor.to(part.params[0].device),
+            adaptive=part.adaptive,
+            eps=0.0,
+            norm=torch.ones((), device=part.params[0].device),
+            backup=[place[id(p)] for p in part.params],
+        )
+    return kept
+
+
+def released_directions(parts: Sequence[Slice]) -> Iterator[list[Tensor]]:
+    """theta^2 or 1 of each part: the released TRAM leaves the gradient out."""
+    for part in parts:
+        if part.adaptive:
             yield list(torch._foreach_mul(part.params, part.params))
-        elif released:
-            yield [torch.ones_like(p) for p in part.params]
-        elif part.adaptive:
-            moves = list(torch._foreach_mul(part.params, part.params))
-            torch._foreach_mul_(moves, part.grads)
-            yield moves
         else:
-            yield [grad.clone() for grad in part.grads]
+            yield [torch.ones_like(p) for p in part.params]
 
 
 def add_scaled(part: Slice, moves: list[Tensor], factor: Tensor) -> None:

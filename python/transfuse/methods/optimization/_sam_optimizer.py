@@ -161,17 +161,33 @@ class SAM(Optimizer):
     def _ascend(
         self, radius: Tensor, scaler: torch.amp.GradScaler | None, *, released: bool = False
     ) -> Tensor:
-        parts = self._begin(scaler)
-        device = self._params[0].device
+        parts = self._unscaled(scaler)
+        params = self._params
+        device = params[0].device
         size = _sam.norm(parts, device)
         factor = self._unless_overflow(radius.to(device, size.dtype) / (size + EPS))
-        for part, moves in zip(parts, _sam.directions(parts, released=released), strict=True):
-            _sam.add_scaled(part, moves, factor)
+        if released:
+            self._keep_copies()
+            for part, moves in zip(parts, _sam.released_directions(parts), strict=True):
+                _sam.add_scaled(part, moves, factor)
+        else:
+            self._backup = _sam.ascend(parts, params, self._spare, factor)
+            self._spare = None
         self.zero_grad()
         return size
 
     def _begin(self, scaler: torch.amp.GradScaler | None) -> list[_sam.Slice]:
         """Unscale, keep the parameters, and give those with a gradient."""
+        parts = self._unscaled(scaler)
+        self._keep_copies()
+        return parts
+
+    def _keep_copies(self) -> None:
+        self._backup = _sam.copies(self._params, self._spare)
+        self._spare = None
+
+    def _unscaled(self, scaler: torch.amp.GradScaler | None) -> list[_sam.Slice]:
+        """Unscale, and give the parameters with a gradient."""
         if self.ascended:
             raise RuntimeError("ascend: the parameters are perturbed already; call descend first")
         parts = self._slices()
@@ -182,8 +198,6 @@ class SAM(Optimizer):
             found = list(scaler._found_inf_per_device(self).values())
             if found:
                 self._overflow = torch.stack([f.to(device) for f in found]).sum() > 0
-        self._backup = _sam.copies(self._params, self._spare)
-        self._spare = None
         return parts
 
     def _unless_overflow(self, factor: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ __all__ = [
     arxiv="2310.03646",
     repository="https://github.com/tomsherborne/tram_optimizer",
     kind="optimizer",
-    ops=(),
+    ops=("multi_norm", "sam_perturb_"),
 )
 class TRAM(SAM):
     r"""SAM with a trust-region distance of the predictions as radius.

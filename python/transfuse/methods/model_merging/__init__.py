@@ -1,0 +1,1 @@
+"""Methods that combine several fine-tuned models into one."""

@@ -1,0 +1,80 @@
+"""The Triton kernels on lists of tensors under Triton's interpreter, against the float64 oracle.
+
+As in ``test_triton_attention.py``, the tests run in a child process that chose the interpreter
+before importing Triton.
+"""
+
+import pytest
+import torch
+
+from transfuse.ops import lincomb
+from transfuse.testing import oracle
+from transfuse.testing.children import INTERPRETED, run_under_interpreter
+from transfuse.testing.specs import find_spec
+
+pytest.importorskip("triton")
+
+if not INTERPRETED:
+
+    def test_kernels_under_the_interpreter():
+        assert run_under_interpreter(__file__).passed > 15
+
+else:
+    SPEC = find_spec("lincomb")
+    CASES = [c for c in SPEC.cases if not c.tags & {"bench", "real"}]
+    SMALL = ["base", "ids", "hash"]
+
+    def _check(case, dtype, way):
+        args = case.build(dtype)
+        kernel = oracle.function(args, SPEC.op, "triton")
+        reference = oracle.function(args, SPEC.reference)
+        shapes = [t.shape for t in oracle.values(reference, args.tensors)]
+        generator = torch.Generator().manual_seed(1)
+        cotangents = [torch.randn(s, generator=generator) for s in shapes]
+
+        def compute(fn, tensors):
+            if way == "value":
+                return oracle.values(fn, tensors)
+            results = oracle.values(fn, tensors)
+            own = [c.to(r.dtype) for c, r in zip(cotangents, results, strict=True)]
+            return oracle.gradients(fn, tensors, case.differentiable, own)
+
+        found = compute(kernel, args.tensors)
+        problems = oracle.compare_all(
+            found,
+            compute(reference, oracle.widen(args.tensors)),
+            compute(reference, args.tensors),
+            units=oracle.VALUE_UNITS if way == "value" else oracle.GRADIENT_UNITS,
+            terms=oracle.magnitude(*args.tensors.values()),
+            names=[str(i) for i in range(len(found))],
+            dtype=None if way == "value" else dtype,
+        )
+        assert not problems, problems
+
+    @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name.replace(" ", "_"))
+    def test_values(case):
+        _check(case, torch.float32, "value")
+
+    @pytest.mark.parametrize("name", [*SMALL, "half lists", "per list"])
+    def test_gradients(name):
+        _check(SPEC.case(name), torch.float32, "gradient")
+
+    @pytest.mark.parametrize("name", SMALL)
+    def test_half_precision(name):
+        _check(SPEC.case(name), torch.float16, "value")
+
+    def test_partitions_are_those_of_the_definition():
+        one = [torch.ones(5000)]
+        table = torch.arange(7.0).reshape(1, 1, 7)
+        results = [
+            lincomb([one], table, partition=seed, backend=backend)[0]
+            for backend in ("triton", "reference")
+            for seed in (3, -(2**60))
+        ]
+        assert torch.equal(results[0], results[2])
+        assert torch.equal(results[1], results[3])
+
+    def test_float64_is_refused():
+        one = [torch.ones(3, dtype=torch.float64)]
+        with pytest.raises(RuntimeError, match="float64 is not one of"):
+            lincomb([one], torch.ones(1), backend="triton")
