@@ -20,6 +20,7 @@ OP_MODULES = (
     "diffusion",
     "patch_gram",
     "head_curvature",
+    "kernel_sums",
     "simplex",
     "nes",
     "lora",

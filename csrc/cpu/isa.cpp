@@ -6,6 +6,7 @@
 #include "transfuse/adain.h"
 #include "transfuse/attention.h"
 #include "transfuse/head_curvature.h"
+#include "transfuse/kernel_sums.h"
 #include "transfuse/mix.h"
 #include "transfuse/nes.h"
 #include "transfuse/patch_gram.h"
@@ -94,6 +95,7 @@ Isa isa_in_use() {
 TRANSFUSE_KERNEL_TABLE(AdainKernels, kAdain, adain_kernels)
 TRANSFUSE_KERNEL_TABLE(AttentionKernels, kAttention, attention_kernels)
 TRANSFUSE_KERNEL_TABLE(HeadKernels, kHead, head_kernels)
+TRANSFUSE_KERNEL_TABLE(KernelSumsKernels, kKernelSums, kernel_sums_kernels)
 TRANSFUSE_KERNEL_TABLE(MixKernels, kMix, mix_kernels)
 TRANSFUSE_KERNEL_TABLE(NesKernels, kNes, nes_kernels)
 TRANSFUSE_KERNEL_TABLE(PatchGramKernels, kPatchGram, patch_gram_kernels)

@@ -277,9 +277,21 @@ def _domain_penalty(dtype, options):
     return loss, lambda: loss(head, x, labels, segments=[0, 4, 9]), [x, *head.parameters()]
 
 
+def _bottleneck(dtype, options):
+    generator = torch.Generator().manual_seed(0)
+    x, y, yhat, t = (
+        torch.randn(9, d, generator=generator).to(dtype).requires_grad_() for d in (4, 1, 1, 3)
+    )
+    loss = methods.get("cs_ib")(**options)
+    return loss, lambda: loss(x, y, yhat, t), [x, y, yhat, t]
+
+
 # slug -> (options that make it draw numbers, (dtype, options) -> (loss, call, tensors a gradient
 # must reach))
-LOSSES = {"hessian_alignment": ({"method": "hutchinson", "probes": 3}, _domain_penalty)}
+LOSSES = {
+    "cs_ib": ({}, _bottleneck),
+    "hessian_alignment": ({"method": "hutchinson", "probes": 3}, _domain_penalty),
+}
 
 
 @pytest.mark.parametrize("slug", methods.list(kind="loss"))

@@ -9,6 +9,7 @@
 #include "attention_selftest.h"
 #include "check.h"
 #include "head_curvature_selftest.h"
+#include "kernel_sums_selftest.h"
 #include "mix_selftest.h"
 #include "nes_selftest.h"
 #include "patch_gram_selftest.h"
@@ -38,6 +39,7 @@ int run(int argc, char** argv) {
   selftest::attention_selftest(cases);
   selftest::window_selftest(4 * cases);
   selftest::head_curvature_selftest();
+  selftest::kernel_sums_selftest(cases);
   selftest::mix_selftest(cases);
   selftest::nes_selftest();
   selftest::patch_gram_selftest(cases);

@@ -39,8 +39,12 @@ from transfuse.ops.head_curvature import (
 from transfuse.ops.head_hessian_distance import head_hessian_distance
 from transfuse.ops.head_hutchinson_diagonal import head_hutchinson_diagonal
 from transfuse.ops.hessian_operator import HessianOperator
+from transfuse.ops.kernel_alignment import cka, hsic
+from transfuse.ops.kernel_divergences import conditional_cs, cs_divergence, cs_qmi, mmd2
+from transfuse.ops.kernel_sums import KernelFactor, kernel_product_sums, kernel_sums
 from transfuse.ops.lora import lora_conv2d, lora_linear
 from transfuse.ops.low_rank_trace import hutchpp_trace, xtrace
+from transfuse.ops.median_bandwidth import median_bandwidth
 from transfuse.ops.nes import nes_gradient, nes_perturb
 from transfuse.ops.noise_mix import NoisyVelocity, noise_mix, noise_mix_with_velocity
 from transfuse.ops.patch_gram import patch_gram
@@ -84,6 +88,7 @@ __all__ = [
     "Euler",
     "GGNOperator",
     "HessianOperator",
+    "KernelFactor",
     "Lanczos",
     "MergePlan",
     "Nearest",
@@ -100,7 +105,11 @@ __all__ = [
     "cfg_step",
     "cfg_step_with_cosine",
     "cfg_step_with_original",
+    "cka",
     "compose_plans",
+    "conditional_cs",
+    "cs_divergence",
+    "cs_qmi",
     "head_gradient",
     "head_hessian_diagonal",
     "head_hessian_distance",
@@ -108,17 +117,22 @@ __all__ = [
     "head_hessian_trace",
     "head_hgp",
     "head_hutchinson_diagonal",
+    "hsic",
     "hutchinson_diagonal",
     "hutchinson_trace",
     "hutchpp_trace",
+    "kernel_product_sums",
+    "kernel_sums",
     "lanczos",
     "lanczos_eigenpairs",
     "lora_conv2d",
     "lora_linear",
     "match_tokens",
+    "median_bandwidth",
     "merge_attention",
     "merge_tokens",
     "min_norm_simplex",
+    "mmd2",
     "nash_weights",
     "nearest_tokens",
     "nes_gradient",
