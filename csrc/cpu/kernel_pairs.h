@@ -16,9 +16,11 @@ namespace TRANSFUSE_ISA {
 
 constexpr int64_t kPairRows = 48, kPairColumns = 96;  // of a tile: whole register tiles, and panels, at every width
 constexpr int64_t kPairBlocks = 32, kPairBlockMost = 4 * kPairColumns;
+constexpr int64_t kNarrow = 8;         // coordinates up to which distances are sums of squared differences
 constexpr int64_t kCentreRows = 1024;  // rows whose mean is taken at a time
 
-// Points less a centre, rows and columns padded with zeros: as rows, and as panels of 96 points.
+// Points less a centre, rows and columns padded with zeros: as rows, and as panels of 96 points. Narrow ones, whose
+// distances do not come from products, have norms of zero.
 template <class T>
 struct PackedPoints {
   int64_t count, width, padded, depth, ld;
@@ -34,6 +36,7 @@ struct PackedPoints {
         panels(panels_size<DotPlain<T>>(kPairColumns, depth) * (padded / kPairColumns)),
         norms(padded) {}
 
+  bool narrow() const { return depth <= kNarrow; }
   const T* row(int64_t i) const { return rows.data + i * ld; }
   const T* panel(int64_t j) const { return panels.data + j * depth; }
 
@@ -49,7 +52,7 @@ struct PackedPoints {
           norm += (double)to[d] * (double)to[d];
         }
       }
-      norms.data[i] = (T)norm;
+      norms.data[i] = narrow() ? T(0) : (T)norm;
     }
     transpose_panels<DotPlain<T>>(row(block * kPairColumns), ld, kPairColumns, kPairColumns, depth,
                                   panels.data + block * kPairColumns * depth);
@@ -99,9 +102,7 @@ struct PairSchedule {
 
   // Round 0 of a symmetric call are the blocks with themselves, then comes a tournament: with an even number of
   // players (one of them may be missing), the last stays and the others turn.
-  int64_t rounds() const {
-    return symmetric ? row_blocks + (row_blocks & 1) : std::max(row_blocks, column_blocks);
-  }
+  int64_t rounds() const { return symmetric ? row_blocks + (row_blocks & 1) : std::max(row_blocks, column_blocks); }
   int64_t tasks(int64_t round) const {
     if (!symmetric) return std::min(row_blocks, column_blocks);
     return round == 0 ? row_blocks : (row_blocks + 1) / 2;

@@ -1,8 +1,9 @@
 // Kernel sums and their gradients on the CPU, at one ISA level (see kernel_sums.h).
 //
-// A task takes a block of rows and a block of columns, tile by tile: a matrix product of centred points gives -D / 2 up
-// to norms, a pass over the tile the kernels and their sums. The gradient makes the same tiles again, and from each a
-// matrix of dL / dD, whose products with the points are the gradient: dL / dx_i = 2 sum_j E_ij (x_i - y_j).
+// A task takes a block of rows and a block of columns, tile by tile: a matrix product of centred points (of few
+// coordinates, sums of squared differences) gives -D / 2 up to norms, a pass over the tile the kernels and their sums.
+// The gradient makes the same tiles again, and from each a matrix of dL / dD, whose products with the points are the
+// gradient: dL / dx_i = 2 sum_j E_ij (x_i - y_j).
 #include "transfuse/kernel_sums.h"
 
 #include "kernel_pairs.h"
@@ -13,7 +14,7 @@ namespace TRANSFUSE_ISA {
 namespace {
 
 constexpr int64_t kTile = kPairRows * kPairColumns;
-constexpr int64_t kSerial = 1 << 16;  // multiplications in all below which waking other threads does not pay
+constexpr int64_t kSerial = 1 << 18;  // multiplications in all below which waking other threads does not pay
 
 // A tile: rows [i, i + 48), columns [j, j + 96). `both`: it stands for its mirror image too.
 struct Tile {
@@ -42,7 +43,7 @@ struct Pairs {
   bool read[kMaxKernelDistances] = {false}, counts[kMaxKernelProducts] = {false};
   int64_t row_sums[kMaxKernelPoints], column_sums[kMaxKernelPoints];  // where in `turned` and `mass`, or -1
   int64_t mass_of_row[kMaxKernelPoints], mass_of_column[kMaxKernelPoints];
-  HeapArray<T> turned;              // sum_j E_ij y_j
+  HeapArray<T> turned;                // sum_j E_ij y_j
   HeapArray<double> mass, by_kernel;  // sum_j E_ij; sum E D of (kernel, block of rows)
 
   static bool all_same(const KernelSumsArgs& a) {
@@ -108,9 +109,8 @@ struct Pairs {
       for (int p = 0; p < a.points; ++p)
         if (part[p] == c) {
           points[p] = new PackedPoints<T>(a.point[p]);
-          for_each_task(parallel, points[p]->padded / kPairColumns, [&](int64_t block) {
-            points[p]->fill(a.point[p], a.dtype, group, centre.data, block);
-          });
+          for_each_task(parallel, points[p]->padded / kPairColumns,
+                        [&](int64_t block) { points[p]->fill(a.point[p], a.dtype, group, centre.data, block); });
         }
     }
   }
@@ -127,10 +127,28 @@ struct Pairs {
     for (int64_t i = std::max(t.i, t.j); i < end; ++i) body(i, (i - t.i) * kPairColumns + (i - t.j));
   }
 
+  // -D / 2 of points of few coordinates.
+  static void differences(int64_t depth, const T* x, int64_t ld, const T* panels, T* to) {
+    constexpr int64_t width = kPanelVecs * W;
+    for (int64_t i = 0; i < kPairRows; ++i)
+      for (int64_t v = 0; v < kPairColumns; v += W) {
+        const T* y = panels + v / width * width * depth + v % width;
+        V sum{};
+        for (int64_t d = 0; d < depth; ++d) {
+          const V gap = splat<T>(x[i * ld + d]) - load<V>(y + d * width);
+          sum = gap * gap + sum;
+        }
+        store(to + i * kPairColumns + v, splat<T>(T(-0.5)) * sum);
+      }
+  }
+
   // Products x_i y_j; on the diagonal what makes the distance exactly 0, or infinite where that pair is left out.
   void products(int s, const Tile& t, bool leave_out, T* dots) const {
     const PackedPoints<T>&x = row_points(s), &y = column_points(s);
-    gemm_panels<P>((int)kPairRows, (int)kVecs, x.depth, x.row(t.i), x.ld, y.panel(t.j), dots, kPairColumns, false);
+    if (x.narrow())
+      differences(x.depth, x.row(t.i), x.ld, y.panel(t.j), dots);
+    else
+      gemm_panels<P>((int)kPairRows, (int)kVecs, x.depth, x.row(t.i), x.ld, y.panel(t.j), dots, kPairColumns, false);
     if (leave_out)
       diagonal(t, [&](int64_t, int64_t at) { dots[at] = -(T)__builtin_inf(); });
     else if (a.row_points[s] == a.column_points[s])
@@ -191,8 +209,8 @@ struct Pairs {
     const T *row = row_points(s).norms.data + t.i, *column = column_points(s).norms.data + t.j;
     const V by = splat<T>(scale[f]);
     add_sums<kBoth>(*this, p, t, [=](int64_t i, int64_t v) __attribute__((always_inline)) {
-      return kernel<kInverse>(
-          distance(load<V>(dots + i * kPairColumns + v), splat<T>(row[i]), load<V>(column + v)), by);
+      return kernel<kInverse>(distance(load<V>(dots + i * kPairColumns + v), splat<T>(row[i]), load<V>(column + v)),
+                              by);
     });
   }
 
@@ -376,9 +394,10 @@ struct Pairs {
       T* out = static_cast<T*>(a.point_grads[p]) + group * x.count * x.width;
       for_each_task(parallel, (x.count + kPairColumns - 1) / kPairColumns, [&](int64_t block) {
         for (int64_t i = block * kPairColumns; i < std::min(x.count, (block + 1) * kPairColumns); ++i) {
-          const T m = (T)(mass.data[mass_of_row[p] + i] + mass.data[mass_of_column[p] + i]);
+          const double m = mass.data[mass_of_row[p] + i] + mass.data[mass_of_column[p] + i];
           const T *one = turned.data + row_sums[p] + i * x.ld, *two = turned.data + column_sums[p] + i * x.ld;
-          for (int64_t d = 0; d < x.width; ++d) out[i * x.width + d] = T(2) * (m * x.row(i)[d] - (one[d] + two[d]));
+          for (int64_t d = 0; d < x.width; ++d)
+            out[i * x.width + d] = (T)(2.0 * (m * (double)x.row(i)[d] - ((double)one[d] + (double)two[d])));
         }
       });
     }

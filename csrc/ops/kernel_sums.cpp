@@ -70,8 +70,7 @@ KernelSumsArgs kernel_sums_args(const TensorList& points, const Ints& distances,
 
 Tensor kernel_sums(const TensorList& points, const Ints& distances, const Ints& kernels, const Tensor& bandwidths,
                    const Ints& products, const OptionalTensor& weights, bool inverse, bool exclude) {
-  KernelSumsArgs a =
-      kernel_sums_args(points, distances, kernels, bandwidths, products, weights, inverse, exclude);
+  KernelSumsArgs a = kernel_sums_args(points, distances, kernels, bandwidths, products, weights, inverse, exclude);
   Tensor out = new_empty(bandwidths, {a.groups, a.products, a.rows}, ScalarType::Double);
   if (a.groups * a.rows == 0) return out;
   a.sums = static_cast<double*>(out.mutable_data_ptr());
@@ -84,8 +83,7 @@ std::tuple<TensorList, Tensor> kernel_sums_backward(const Tensor& grad, const Te
                                                     const Ints& kernels, const Tensor& bandwidths, const Ints& products,
                                                     const OptionalTensor& weights, bool inverse, bool exclude,
                                                     const Ints& wanted, bool bandwidths_wanted) {
-  KernelSumsArgs a =
-      kernel_sums_args(points, distances, kernels, bandwidths, products, weights, inverse, exclude);
+  KernelSumsArgs a = kernel_sums_args(points, distances, kernels, bandwidths, products, weights, inverse, exclude);
   STD_TORCH_CHECK((int64_t)wanted.size() == a.points, "wanted must have an entry for each set of points");
   a.grads = doubles(grad, {a.groups, a.products, a.rows}, "grad");
   TensorList found;

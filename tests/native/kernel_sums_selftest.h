@@ -38,7 +38,7 @@ inline void check_kernel_sums(uint64_t number) {
   KernelSumsCase c;
   transfuse::KernelSumsArgs& a = c.args;
   const DType dtype = r.pick(std::vector<DType>{DType::f32, DType::f64, DType::bf16, DType::f16});
-  const std::vector<int64_t> sizes{1, 2, 5, 47, 49, 97, 130};
+  const std::vector<int64_t> sizes{1, 2, 5, 47, 49, 97, 193};
   a.dtype = dtype;
   a.groups = 1;
   a.inverse = r.chance(30);

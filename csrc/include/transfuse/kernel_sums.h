@@ -3,8 +3,8 @@
 //
 //   r_p[i] = sum_j w_j prod_{f in p} k_f(x_i, y_j),    k = exp(-D / (2 h^2)) or 1 / (1 + D / h^2),  D = |x_i - y_j|^2
 //
-// A kernel names a pair of point sets ("distances", shared by the kernels that name it) and has a bandwidth h; a product
-// is a mask of kernels. Where all distances are of a set to itself, a tile serves its mirror image too.
+// A kernel names a pair of point sets ("distances", shared by the kernels that name it) and has a bandwidth h; a
+// product is a mask of kernels. Where all distances are of a set to itself, a tile serves its mirror image too.
 #pragma once
 
 #include "transfuse/parallel.h"
@@ -36,10 +36,10 @@ struct KernelSumsArgs {
   double* sums = nullptr;              // (groups, products, rows)
 
   // For the gradient of sum_p,i grads[p, i] r_p[i]:
-  const double* grads = nullptr;                      // (groups, products, rows)
-  void* point_grads[kMaxKernelPoints] = {nullptr};    // (groups, count, width), float (double for f64); nullptr: not
-                                                      // wanted
-  double* bandwidth_grads = nullptr;                  // (groups, kernels); nullptr: not wanted
+  const double* grads = nullptr;                    // (groups, products, rows)
+  void* point_grads[kMaxKernelPoints] = {nullptr};  // (groups, count, width), float (double for f64); nullptr: not
+                                                    // wanted
+  double* bandwidth_grads = nullptr;                // (groups, kernels); nullptr: not wanted
 };
 
 struct KernelSumsKernels {
