@@ -48,6 +48,7 @@ from transfuse.ops.median_bandwidth import median_bandwidth
 from transfuse.ops.nes import nes_gradient, nes_perturb
 from transfuse.ops.noise_mix import NoisyVelocity, noise_mix, noise_mix_with_velocity
 from transfuse.ops.patch_gram import patch_gram
+from transfuse.ops.row_codes import RowCodes, RowGroups, row_codes, row_groups
 from transfuse.ops.simplex import (
     NonnegativeSolution,
     ParetoSolution,
@@ -96,6 +97,8 @@ __all__ = [
     "NonnegativeSolution",
     "ParetoSolution",
     "Predict",
+    "RowCodes",
+    "RowGroups",
     "SpectralDensity",
     "adain",
     "aligned_mtl_weights",
@@ -145,6 +148,8 @@ __all__ = [
     "pcgrad_weights",
     "power_iteration",
     "push_tokens",
+    "row_codes",
+    "row_groups",
     "spectral_density",
     "unmerge_tokens",
     "upgrad_weights",
