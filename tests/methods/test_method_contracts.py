@@ -370,7 +370,50 @@ class TestAggregator:
         assert torch.equal(*again)
 
 
+def _plane(dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(24, 6, generator=generator).to(dtype)
+    layer = _first_linear(generator).to(dtype)
+    plane = methods.get("information_plane")(layer, [""], x, torch.arange(24) % 2)
+
+    def numbers():
+        plane.record(0)
+        return plane.result().information
+
+    return plane, numbers
+
+
+def _first_linear(generator):
+    layer = torch.nn.Linear(6, 2)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.uniform_(-1, 1, generator=generator)
+    return layer
+
+
+# slug -> dtype -> (what was built with defaults, its numbers)
+METRICS = {"information_plane": _plane}
+
+
+@pytest.mark.parametrize("slug", methods.list(kind="metric"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.filterwarnings("ignore:layer")
+def test_metrics_are_reproducible_numbers(slug, dtype):
+    """Built with defaults, described; finite, the same twice, no global generator moved."""
+    results = []
+    for _ in range(2):
+        metric, numbers = METRICS[slug](dtype)
+        before = torch.random.get_rng_state()
+        results.append(numbers())
+        assert torch.equal(torch.random.get_rng_state(), before)
+        assert type(metric).__name__ in repr(metric)
+    assert torch.equal(*results)
+    assert results[0].isfinite().all()
+    assert not results[0].requires_grad
+
+
 def test_every_kind_in_use_has_a_contract():
     tested = {"patch", "layer", "guidance", "procedure", "optimizer", "loss", "aggregator"}
+    tested |= {"metric"}
     used = {methods.card(slug).kind for slug in methods.list()}
     assert used <= tested, f"write the contract test of: {sorted(used - tested)}"

@@ -178,9 +178,10 @@ def test_linear_cka():
 
 def test_rbf_cka():
     for debiased in (False, True):
-        want = hsic(X, T, 1.5, 0.8, unbiased=debiased) / (
-            hsic(X, X, 1.5, unbiased=debiased) * hsic(T, T, 0.8, unbiased=debiased)
-        ).sqrt()
+        want = (
+            hsic(X, T, 1.5, 0.8, unbiased=debiased)
+            / (hsic(X, X, 1.5, unbiased=debiased) * hsic(T, T, 0.8, unbiased=debiased)).sqrt()
+        )
         found = cka(X, T, 1.5, 0.8, kernel="rbf", debiased=debiased)
         torch.testing.assert_close(found, want)
 

@@ -73,7 +73,9 @@ def of_one(
         points.append(_points("y", y))
         _alike("y", points[1], "x", points[0])
     if not isinstance(bandwidth, Tensor):
-        bandwidths = _stack([_bandwidth(n, h) for n, h in zip(names, given, strict=True)], points[0])
+        bandwidths = _stack(
+            [_bandwidth(n, h) for n, h in zip(names, given, strict=True)], points[0]
+        )
     else:
         _checks.auxiliary("bandwidth", bandwidth, "x", points[0])
         _positive("bandwidth", bandwidth)
@@ -112,7 +114,9 @@ def of_factors(
     kernels, bandwidths = [], []
     for i, factor in enumerate(factors):
         if not isinstance(factor, (KernelFactor, tuple)) or not 1 <= len(factor) <= 3:
-            raise TypeError(f"factors[{i}]: expected a KernelFactor, got {_checks.describe(factor)}")
+            raise TypeError(
+                f"factors[{i}]: expected a KernelFactor, got {_checks.describe(factor)}"
+            )
         x, y, bandwidth = KernelFactor(*factor)
         row = number(f"factors[{i}].x", x)
         pair = (row, row if y is None else number(f"factors[{i}].y", y))

@@ -8,7 +8,7 @@ and forward mode, are torch's own of the sums by matrix products, some rows at a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -81,10 +81,6 @@ def _dense(plan: Plan, tensors: Tensors) -> Tensor:
 
 def forward(static: Static, tensors: Tensors) -> tuple[Tensor, ...]:
     """The sums by the chosen backend."""
-    if static.backend == "triton":
-        from transfuse.triton_kernels import kernel_sums
-
-        return (kernel_sums.kernel_sums(*arguments(static.plan, tensors)),)
     if static.backend == "cpu":
         return (torch.ops.transfuse.kernel_sums(*arguments(static.plan, tensors)),)
     return (_dense(static.plan, tensors),)
@@ -94,20 +90,16 @@ def backward(
     static: Static, tensors: Tensors, grad: Tensor, needs: Sequence[bool]
 ) -> list[Tensor | None]:
     """Gradients by points and bandwidths, by the chosen backend; not differentiable."""
-    points, bandwidths, _ = _split(tensors)
+    points, _bandwidths, _ = _split(tensors)
     wanted = [int(need) for need in needs[: len(points)]]
-    if static.backend == "triton":
-        from transfuse.triton_kernels import kernel_sums
-
-        run: Callable = kernel_sums.kernel_sums_backward
-    elif static.backend == "cpu":
-        run = torch.ops.transfuse.kernel_sums_backward
-    else:
+    if static.backend != "cpu":
         return _pulled(static.plan, tensors, grad, [*needs[:-1], False])
-    found, to_bandwidths = run(
+    found, to_bandwidths = torch.ops.transfuse.kernel_sums_backward(
         grad.contiguous(), *arguments(static.plan, tensors), wanted, bool(needs[len(points)])
     )
-    by_points = [g.to(p.dtype) if w else None for g, p, w in zip(found, points, wanted, strict=True)]
+    by_points = [
+        g.to(p.dtype) if w else None for g, p, w in zip(found, points, wanted, strict=True)
+    ]
     return [*by_points, to_bandwidths if needs[len(points)] else None, None]
 
 

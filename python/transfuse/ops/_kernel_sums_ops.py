@@ -32,7 +32,9 @@ def _fake_backward(
         p.new_empty((p.shape[0] if w else 0, *p.shape[1:]), dtype=working_dtype(p.dtype))
         for p, w in zip(points, wanted, strict=True)
     ]
-    return found, bandwidths.new_empty((bandwidths.shape[0] if bandwidths_wanted else 0, len(kernels)))
+    return found, bandwidths.new_empty(
+        (bandwidths.shape[0] if bandwidths_wanted else 0, len(kernels))
+    )
 
 
 def _setup(ctx, inputs, output) -> None:

@@ -127,4 +127,6 @@ def by_rows(
 
 
 def _mean(x: Tensor) -> Tensor:
-    return x.mean(-2, keepdim=True) if x.shape[-2] > 0 else x.new_zeros(*x.shape[:-2], 1, x.shape[-1])
+    return (
+        x.mean(-2, keepdim=True) if x.shape[-2] > 0 else x.new_zeros(*x.shape[:-2], 1, x.shape[-1])
+    )

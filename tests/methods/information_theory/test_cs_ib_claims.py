@@ -57,3 +57,13 @@ def test_compression_without_a_worse_regression():
         assert kept[0] - kept[1] >= 0.15, found
         assert kept[1] > kept[2], found
     assert abs(error[0.1] - error["mse"]) <= 0.03, found
+
+
+def test_the_picture_is_drawn(tmp_path):
+    gallery = pytest.importorskip("transfuse.bench.gallery.cs_ib", exc_type=ImportError)
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "picture.png"
+    assert gallery.main(["--out", str(path), "--epochs", "1"]) == 0
+    assert path.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit):
+        gallery.main(["--out", str(path), "--epochs", "0"])
