@@ -240,7 +240,7 @@ class TestMedian:
             median_bandwidth(torch.tensor([[0.0], [float("nan")]]))
         with pytest.raises(ValueError, match="at least 2 samples, got 1"):
             median_bandwidth(torch.ones(1, 2))
-        with pytest.raises(TypeError, match="generator: expected a torch.Generator"):
+        with pytest.raises(TypeError, match=r"generator: expected a torch\.Generator"):
             median_bandwidth(X, subsample=3)
 
 

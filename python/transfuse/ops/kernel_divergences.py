@@ -243,7 +243,8 @@ def conditional_cs(
 ) -> Tensor:
     r"""Cauchy-Schwarz divergence of the conditional densities p(y | x) and p(yhat | x), in bits.
 
-    .. math:: D = \log_2 \sum_j w_j \sum_i K_{ji} L^1_{ji} + \log_2 \sum_j w_j \sum_i K_{ji} L^2_{ji}
+    .. math:: D = \log_2 \sum_j w_j \sum_i K_{ji} L^1_{ji}
+                + \log_2 \sum_j w_j \sum_i K_{ji} L^2_{ji}
                 - 2 \log_2 \sum_j w_j \sum_i K_{ji} L^{21}_{ji}
 
     with Gaussian kernels K of x, L1 of y, L2 of yhat, L21 between yhat (rows) and y, and

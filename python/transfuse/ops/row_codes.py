@@ -68,7 +68,8 @@ def row_codes(
     Example:
         >>> import torch
         >>> from transfuse.ops import row_codes
-        >>> codes = row_codes(torch.tensor([[0.1, 0.9], [0.2, 0.8]]), torch.tensor([0.0, 0.5])).codes
+        >>> x = torch.tensor([[0.1, 0.9], [0.2, 0.8]])
+        >>> codes = row_codes(x, torch.tensor([0.0, 0.5])).codes
         >>> torch.equal(codes[0], codes[1])
         True
     """

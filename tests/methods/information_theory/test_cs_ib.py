@@ -168,7 +168,7 @@ def test_batches_refused():
         CSIBLoss()(x, y, yhat, t[:9])
     with pytest.raises(ValueError, match="expected finite samples"):
         CSIBLoss()(x, y, yhat * float("nan"), t)
-    with pytest.raises(ValueError, match='sigma="median": .* give a number'):
+    with pytest.raises(ValueError, match=r'sigma="median": .* give a number'):
         CSIBLoss(t_sigma="median")(x, y, yhat, torch.ones_like(t))
     with pytest.warns(UserWarning, match="t carries no information"):
         assert CSIBLoss().terms(x, y, yhat, torch.ones_like(t)).compression == 0

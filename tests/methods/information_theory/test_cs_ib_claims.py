@@ -1,4 +1,4 @@
-"""The small claim of the Cauchy-Schwarz bottleneck: less kept of the input, as good a regression."""
+"""The small claim of the Cauchy-Schwarz bottleneck: less kept of the input, as good a fit."""
 
 from __future__ import annotations
 

@@ -7,8 +7,8 @@ with the label Y. Activations are binned, and the symbol of a sample is the tupl
 
     I(X; T) = H(T) - sum_x p(x) H(T | X = x),     I(T; Y) = H(T) - sum_y p(y) H(T | Y = y)
 
-with plug-in entropies in bits, p(x) over distinct input rows and p(y) over distinct labels. Rows are
-counted by codes (``transfuse.ops.row_groups``), without a loop over inputs or classes.
+with plug-in entropies in bits, p(x) over distinct input rows and p(y) over distinct labels. Rows
+are counted by codes (``transfuse.ops.row_groups``), without a loop over inputs or classes.
 
 Deviations from the official code, all deliberate:
 
@@ -66,8 +66,8 @@ class PlaneResult(NamedTuple):
     """What was recorded: E epochs, L layers, in the order of ``layers``.
 
     ``information`` (E, L, 2) I(X; T) and I(T; Y) in bits; ``entropy``, ``singletons`` and
-    ``outside`` (E, L) as in :class:`BinnedInformation`; ``gradients`` (E, L, 2) norm of the mean and
-    of the standard deviation of the weight's gradient over mini-batches, over the norm of the
+    ``outside`` (E, L) as in :class:`BinnedInformation`; ``gradients`` (E, L, 2) norm of the mean
+    and of the standard deviation of the weight's gradient over mini-batches, over the norm of the
     weight; NaN where none were given. All float64.
     """
 
