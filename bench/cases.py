@@ -19,6 +19,7 @@ OP_MODULES = (
     "adain",
     "diffusion",
     "patch_gram",
+    "row_codes",
     "head_curvature",
     "kernel_sums",
     "simplex",

@@ -105,6 +105,7 @@ def data(n=40):
     return x, (x[:, 0] > 0).long()
 
 
+@pytest.mark.filterwarnings("ignore:layer")
 class TestRecorder:
     def test_records_what_the_functional_form_gives(self):
         net, (x, y) = network(), data()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -22,6 +23,36 @@ class InformationBound(NamedTuple):
 
 def _plogp(p: Tensor) -> Tensor:
     return torch.where(p > 0, p * p.clamp_min(1e-300).log2(), 0.0)
+
+
+class _Problem:
+    """p(x) and p(y|x), of which none are equal."""
+
+    def __init__(self, p_x: Tensor, p_yx: Tensor) -> None:
+        self.p_x, self.p_yx = p_x, p_yx
+        self.own = _plogp(p_yx).sum(1)
+        self.of_y = float(_plogp(p_x @ p_yx).sum())
+
+    def solved(self, p_tx: Tensor, beta: float, iterations: int, tol: float) -> Tensor:
+        """Iterated until p(t|x) rests."""
+        for _ in range(iterations):
+            p_t = self.p_x @ p_tx
+            p_yt = (p_tx * self.p_x[:, None]).T @ self.p_yx / p_t[:, None].clamp_min(1e-300)
+            gap = self.own[:, None] - self.p_yx @ p_yt.clamp_min(1e-300).log2().T
+            new = (math.log(2.0) * (p_t.clamp_min(1e-300).log2() - beta * gap)).softmax(1)
+            change = float((new - p_tx).abs().max())
+            p_tx = new
+            if change < tol:
+                break
+        return p_tx
+
+    def informations(self, p_tx: Tensor) -> tuple[float, float]:
+        """I(X; T) and I(T; Y) in bits."""
+        of_t = float(_plogp(self.p_x @ p_tx).sum())
+        kept = float(self.p_x @ _plogp(p_tx).sum(1)) - of_t
+        p_ty = (p_tx * self.p_x[:, None]).T @ self.p_yx
+        said = float(_plogp(p_ty).sum()) - of_t - self.of_y
+        return max(0.0, kept), max(0.0, said)
 
 
 def information_bound(
@@ -73,31 +104,21 @@ def information_bound(
     # Inputs with one p(y|x) have one p(t|x).
     p_yx, group = torch.unique(p_yx, dim=0, return_inverse=True)
     p_x = torch.zeros(len(p_yx), dtype=torch.float64).index_add_(0, group, p_x)
+    problem = _Problem(p_x, p_yx)
     clusters = min(clusters, len(p_yx))
-    own = _plogp(p_yx).sum(1)
-    p_y = p_x @ p_yx
-    # Near one cluster each, in the order of p(y|x).
-    p_tx = torch.full((len(p_yx), clusters), 1e-3, dtype=torch.float64)
-    p_tx[torch.arange(len(p_yx)), torch.arange(len(p_yx)) * clusters // len(p_yx)] += 1.0
-    p_tx /= p_tx.sum(1, keepdim=True)
+    # In the order of p(y|x), blurred: a cluster that is certain of Y would never let go.
+    soft = torch.full((len(p_yx), clusters), 1.0, dtype=torch.float64)
+    soft[torch.arange(len(p_yx)), torch.arange(len(p_yx)) * clusters // len(p_yx)] += 4.0
+    soft /= soft.sum(1, keepdim=True)
     found: dict[float, tuple[float, float]] = {}
+    before = soft
     for beta in sorted(set(given), reverse=True):
-        for _ in range(iterations):
-            p_t = p_x @ p_tx
-            p_yt = (p_tx * p_x[:, None]).T @ p_yx / p_t[:, None].clamp_min(1e-300)
-            gap = own[:, None] - p_yx @ p_yt.clamp_min(1e-300).log2().T
-            new = (p_t.clamp_min(1e-300).log2() - beta * gap) * torch.log(
-                torch.tensor(2.0).double()
-            )
-            new = new.softmax(1)
-            change = float((new - p_tx).abs().max())
-            p_tx = new
-            if change < tol:
-                break
-        p_t = p_x @ p_tx
-        kept = float(p_x @ _plogp(p_tx).sum(1) - _plogp(p_t).sum())
-        p_ty = (p_tx * p_x[:, None]).T @ p_yx
-        said = float(_plogp(p_ty).sum() - _plogp(p_t).sum() - _plogp(p_y).sum())
-        found[beta] = (max(0.0, kept), max(0.0, said))
+        # One cluster for all is a fixed point of every beta; so no result is above it.
+        best, found[beta] = 0.0, (0.0, 0.0)
+        ends = [problem.solved(p, beta, iterations, tol) for p in (before, soft)]
+        for p_tx in ends:
+            kept, said = problem.informations(p_tx)
+            if kept - beta * said < best:
+                best, found[beta], before = kept - beta * said, (kept, said), p_tx
     values = torch.tensor([found[b] for b in given], dtype=torch.float64).reshape(-1, 2)
     return InformationBound(torch.tensor(given, dtype=torch.float64), values[:, 0], values[:, 1])
