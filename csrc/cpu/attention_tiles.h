@@ -1,9 +1,6 @@
 // What the attention kernels share: block sizes, loading of rows and transposed key blocks, visibility, logits.
 #pragma once
 
-#include <cstdlib>
-#include <new>
-
 #include "panels.h"
 #include "transfuse/attention.h"
 
@@ -15,18 +12,6 @@ constexpr int kBlockKeys = 96;  // keys of one tile: whole vectors, panels of th
 constexpr int kMaskBlockKeys = 64;
 constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
-
-// A plain heap array: std::vector would share its instantiation between ISA levels.
-template <class T>
-struct HeapArray {
-  T* data;
-  explicit HeapArray(int64_t count) : data(static_cast<T*>(std::malloc((count > 0 ? count : 1) * sizeof(T)))) {
-    if (data == nullptr) throw std::bad_alloc();
-  }
-  ~HeapArray() { std::free(data); }
-  HeapArray(const HeapArray&) = delete;
-  HeapArray& operator=(const HeapArray&) = delete;
-};
 
 TRANSFUSE_INLINE int64_t source_batch(const SourceView& source, int64_t b) {
   return source.index != nullptr ? source.index[b] : source.batch == 1 ? 0 : b;

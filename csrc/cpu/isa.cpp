@@ -6,11 +6,13 @@
 #include "transfuse/adain.h"
 #include "transfuse/attention.h"
 #include "transfuse/head_curvature.h"
+#include "transfuse/kernel_sums.h"
 #include "transfuse/mix.h"
 #include "transfuse/multitensor.h"
 #include "transfuse/nes.h"
 #include "transfuse/patch_gram.h"
 #include "transfuse/peak.h"
+#include "transfuse/row_codes.h"
 #include "transfuse/simplex.h"
 #include "transfuse/token_merging.h"
 
@@ -95,12 +97,14 @@ Isa isa_in_use() {
 TRANSFUSE_KERNEL_TABLE(AdainKernels, kAdain, adain_kernels)
 TRANSFUSE_KERNEL_TABLE(AttentionKernels, kAttention, attention_kernels)
 TRANSFUSE_KERNEL_TABLE(HeadKernels, kHead, head_kernels)
+TRANSFUSE_KERNEL_TABLE(KernelSumsKernels, kKernelSums, kernel_sums_kernels)
 TRANSFUSE_KERNEL_TABLE(MixKernels, kMix, mix_kernels)
 TRANSFUSE_KERNEL_TABLE(MultitensorKernels, kMultitensor, multitensor_kernels)
 TRANSFUSE_KERNEL_TABLE(MultitensorSumKernels, kMultitensorSums, multitensor_sum_kernels)
 TRANSFUSE_KERNEL_TABLE(NesKernels, kNes, nes_kernels)
 TRANSFUSE_KERNEL_TABLE(PatchGramKernels, kPatchGram, patch_gram_kernels)
 TRANSFUSE_KERNEL_TABLE(PeakKernels, kPeak, peak_kernels)
+TRANSFUSE_KERNEL_TABLE(RowCodesKernels, kRowCodes, row_codes_kernels)
 TRANSFUSE_KERNEL_TABLE(SimplexKernels, kSimplex, simplex_kernels)
 TRANSFUSE_KERNEL_TABLE(TokenMergingKernels, kTokenMerging, token_merging_kernels)
 

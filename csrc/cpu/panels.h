@@ -1,6 +1,9 @@
 // Packing for the matrix micro-kernels of gemm_tile.h: rows transposed into panels, and the memory of a task.
 #pragma once
 
+#include <cstdlib>
+#include <new>
+
 #include "transfuse/gemm_tile.h"
 
 namespace transfuse {
@@ -10,6 +13,18 @@ template <class A>
 constexpr A negative_infinity() {
   return -__builtin_inf();
 }
+
+// A plain heap array: std::vector would share its instantiation between ISA levels.
+template <class T>
+struct HeapArray {
+  T* data;
+  explicit HeapArray(int64_t count) : data(static_cast<T*>(std::malloc((count > 0 ? count : 1) * sizeof(T)))) {
+    if (data == nullptr) throw std::bad_alloc();
+  }
+  ~HeapArray() { std::free(data); }
+  HeapArray(const HeapArray&) = delete;
+  HeapArray& operator=(const HeapArray&) = delete;
+};
 
 // Hands out 64-byte aligned pieces of one allocation. Run once with base == nullptr to learn the size.
 struct Carver {

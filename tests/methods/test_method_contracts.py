@@ -277,9 +277,21 @@ def _domain_penalty(dtype, options):
     return loss, lambda: loss(head, x, labels, segments=[0, 4, 9]), [x, *head.parameters()]
 
 
+def _bottleneck(dtype, options):
+    generator = torch.Generator().manual_seed(0)
+    x, y, yhat, t = (
+        torch.randn(9, d, generator=generator).to(dtype).requires_grad_() for d in (4, 1, 1, 3)
+    )
+    loss = methods.get("cs_ib")(**options)
+    return loss, lambda: loss(x, y, yhat, t), [x, y, yhat, t]
+
+
 # slug -> (options that make it draw numbers, (dtype, options) -> (loss, call, tensors a gradient
 # must reach))
-LOSSES = {"hessian_alignment": ({"method": "hutchinson", "probes": 3}, _domain_penalty)}
+LOSSES = {
+    "cs_ib": ({}, _bottleneck),
+    "hessian_alignment": ({"method": "hutchinson", "probes": 3}, _domain_penalty),
+}
 
 
 @pytest.mark.parametrize("slug", methods.list(kind="loss"))
@@ -408,16 +420,64 @@ def test_mergers_give_a_state_dict_of_the_target_twice_the_same(slug, dtype):
         assert torch.equal(tensor, again[name])
 
 
-def test_every_kind_in_use_has_a_contract():
-    tested = {
-        "merger",
-        "patch",
-        "layer",
-        "guidance",
-        "procedure",
-        "optimizer",
-        "loss",
+def _plane(dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(24, 6, generator=generator).to(dtype)
+    layer = _first_linear(generator).to(dtype)
+    plane = methods.get("information_plane")(layer, [""], x, torch.arange(24) % 2)
+
+    def numbers():
+        plane.record(0)
+        return plane.result().information
+
+    return plane, numbers
+
+
+def _first_linear(generator):
+    layer = torch.nn.Linear(6, 2)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.uniform_(-1, 1, generator=generator)
+    return layer
+
+
+# slug -> dtype -> (what was built with defaults, its numbers)
+METRICS = {"information_plane": _plane}
+
+
+@pytest.mark.parametrize("slug", methods.list(kind="metric"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.filterwarnings("ignore:layer")
+def test_metrics_are_reproducible_numbers(slug, dtype):
+    """Built with defaults, described; finite, the same twice, no global generator moved."""
+    results = []
+    for _ in range(2):
+        metric, numbers = METRICS[slug](dtype)
+        before = torch.random.get_rng_state()
+        results.append(numbers())
+        assert torch.equal(torch.random.get_rng_state(), before)
+        assert type(metric).__name__ in repr(metric)
+    assert torch.equal(*results)
+    assert results[0].isfinite().all()
+    assert not results[0].requires_grad
+
+
+# What the tests above cover.
+TESTED = frozenset(
+    {
         "aggregator",
+        "guidance",
+        "layer",
+        "loss",
+        "merger",
+        "metric",
+        "optimizer",
+        "patch",
+        "procedure",
     }
+)
+
+
+def test_every_kind_in_use_has_a_contract():
     used = {methods.card(slug).kind for slug in methods.list()}
-    assert used <= tested, f"write the contract test of: {sorted(used - tested)}"
+    assert used <= TESTED, f"write the contract test of: {sorted(used - TESTED)}"

@@ -9,10 +9,12 @@
 #include "attention_selftest.h"
 #include "check.h"
 #include "head_curvature_selftest.h"
+#include "kernel_sums_selftest.h"
 #include "mix_selftest.h"
 #include "multitensor_selftest.h"
 #include "nes_selftest.h"
 #include "patch_gram_selftest.h"
+#include "row_codes_selftest.h"
 #include "simplex_selftest.h"
 #include "token_merging_selftest.h"
 #include "transfuse/isa.h"
@@ -39,10 +41,12 @@ int run(int argc, char** argv) {
   selftest::attention_selftest(cases);
   selftest::window_selftest(4 * cases);
   selftest::head_curvature_selftest();
+  selftest::kernel_sums_selftest(cases);
   selftest::mix_selftest(cases);
   selftest::multitensor_selftest();
   selftest::nes_selftest();
   selftest::patch_gram_selftest(cases);
+  selftest::row_codes_selftest(cases);
   selftest::simplex_selftest();
   selftest::token_merging_selftest(cases);
   const selftest::Tally& t = selftest::tally();

@@ -39,13 +39,18 @@ from transfuse.ops.head_curvature import (
 from transfuse.ops.head_hessian_distance import head_hessian_distance
 from transfuse.ops.head_hutchinson_diagonal import head_hutchinson_diagonal
 from transfuse.ops.hessian_operator import HessianOperator
+from transfuse.ops.kernel_alignment import cka, hsic
+from transfuse.ops.kernel_divergences import conditional_cs, cs_divergence, cs_qmi, mmd2
+from transfuse.ops.kernel_sums import KernelFactor, kernel_product_sums, kernel_sums
 from transfuse.ops.lora import lora_conv2d, lora_linear
 from transfuse.ops.low_rank_trace import hutchpp_trace, xtrace
+from transfuse.ops.median_bandwidth import median_bandwidth
 from transfuse.ops.multitensor import lincomb, multi_dot, multi_gram, multi_norm
 from transfuse.ops.nes import nes_gradient, nes_perturb
 from transfuse.ops.noise_mix import NoisyVelocity, noise_mix, noise_mix_with_velocity
 from transfuse.ops.patch_gram import patch_gram
 from transfuse.ops.ratio_merge import ratio_merge
+from transfuse.ops.row_codes import RowCodes, RowGroups, row_codes, row_groups
 from transfuse.ops.sharpness import Perturbation, sam_perturb_, sam_restore_
 from transfuse.ops.simplex import (
     NonnegativeSolution,
@@ -88,6 +93,7 @@ __all__ = [
     "Euler",
     "GGNOperator",
     "HessianOperator",
+    "KernelFactor",
     "Lanczos",
     "MergePlan",
     "Nearest",
@@ -96,6 +102,8 @@ __all__ = [
     "ParetoSolution",
     "Perturbation",
     "Predict",
+    "RowCodes",
+    "RowGroups",
     "SpectralDensity",
     "adain",
     "aligned_mtl_weights",
@@ -105,7 +113,11 @@ __all__ = [
     "cfg_step",
     "cfg_step_with_cosine",
     "cfg_step_with_original",
+    "cka",
     "compose_plans",
+    "conditional_cs",
+    "cs_divergence",
+    "cs_qmi",
     "head_gradient",
     "head_hessian_diagonal",
     "head_hessian_distance",
@@ -113,18 +125,23 @@ __all__ = [
     "head_hessian_trace",
     "head_hgp",
     "head_hutchinson_diagonal",
+    "hsic",
     "hutchinson_diagonal",
     "hutchinson_trace",
     "hutchpp_trace",
+    "kernel_product_sums",
+    "kernel_sums",
     "lanczos",
     "lanczos_eigenpairs",
     "lincomb",
     "lora_conv2d",
     "lora_linear",
     "match_tokens",
+    "median_bandwidth",
     "merge_attention",
     "merge_tokens",
     "min_norm_simplex",
+    "mmd2",
     "multi_dot",
     "multi_gram",
     "multi_norm",
@@ -141,6 +158,8 @@ __all__ = [
     "power_iteration",
     "push_tokens",
     "ratio_merge",
+    "row_codes",
+    "row_groups",
     "sam_perturb_",
     "sam_restore_",
     "spectral_density",
