@@ -21,6 +21,7 @@ OP_MODULES = (
     "patch_gram",
     "head_curvature",
     "simplex",
+    "saliency",
     "nes",
     "lora",
 )

@@ -12,6 +12,7 @@
 #include "mix_selftest.h"
 #include "nes_selftest.h"
 #include "patch_gram_selftest.h"
+#include "saliency_selftest.h"
 #include "simplex_selftest.h"
 #include "token_merging_selftest.h"
 #include "transfuse/isa.h"
@@ -41,6 +42,7 @@ int run(int argc, char** argv) {
   selftest::mix_selftest(cases);
   selftest::nes_selftest();
   selftest::patch_gram_selftest(cases);
+  selftest::saliency_selftest(cases);
   selftest::simplex_selftest();
   selftest::token_merging_selftest(cases);
   const selftest::Tally& t = selftest::tally();

@@ -21,7 +21,9 @@ from transfuse.ops.cfg_step import (
     cfg_step_with_original,
 )
 from transfuse.ops.eigen import EigenPairs, Lanczos, lanczos, lanczos_eigenpairs, power_iteration
+from transfuse.ops.finish_map import finish_map
 from transfuse.ops.ggn_operator import GGNOperator
+from transfuse.ops.grad_weighted_map import grad_weighted_map
 from transfuse.ops.gradient_weights import (
     aligned_mtl_weights,
     cagrad_weights,
@@ -43,6 +45,7 @@ from transfuse.ops.lora import lora_conv2d, lora_linear
 from transfuse.ops.low_rank_trace import hutchpp_trace, xtrace
 from transfuse.ops.nes import nes_gradient, nes_perturb
 from transfuse.ops.noise_mix import NoisyVelocity, noise_mix, noise_mix_with_velocity
+from transfuse.ops.normgrad_map import normgrad_map
 from transfuse.ops.patch_gram import patch_gram
 from transfuse.ops.simplex import (
     NonnegativeSolution,
@@ -101,6 +104,8 @@ __all__ = [
     "cfg_step_with_cosine",
     "cfg_step_with_original",
     "compose_plans",
+    "finish_map",
+    "grad_weighted_map",
     "head_gradient",
     "head_hessian_diagonal",
     "head_hessian_distance",
@@ -127,6 +132,7 @@ __all__ = [
     "noise_mix_with_velocity",
     "nonneg_qp",
     "pareto_lp",
+    "normgrad_map",
     "patch_gram",
     "pcgrad_weights",
     "power_iteration",
