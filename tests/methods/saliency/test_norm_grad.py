@@ -224,7 +224,9 @@ def test_class_sensitivity(net, images):
     """1 where the class plays no part; the correlation of the two maps elsewhere."""
     saliency = NormGrad(net, "last")
     logits = net(images)
-    pair = torch.stack([saliency(images, k).flatten(1) for k in (logits.argmax(1), logits.argmin(1))])
+    pair = torch.stack(
+        [saliency(images, k).flatten(1) for k in (logits.argmax(1), logits.argmin(1))]
+    )
     want = torch.stack([torch.corrcoef(pair[:, b])[0, 1] for b in range(3)])
     torch.testing.assert_close(class_sensitivity(saliency, net, images), want)
     same = class_sensitivity(lambda x, k: saliency(x, 0), net, images)
