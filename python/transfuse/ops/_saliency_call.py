@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -124,7 +124,7 @@ def plan(
     phase1: object,
     phase2: object,
     layout: object,
-    given: dict[str, object],
+    given: Mapping[str, object],
 ) -> Plan:
     """Check the phases, and the geometry that phase ``"conv"`` is given."""
     code1, code2 = (
@@ -167,7 +167,7 @@ def _triple(values: Sequence[int], filler: int) -> Triple:
     return (*([filler] * (3 - len(values))), *values)  # type: ignore[return-value]
 
 
-def _given_geometry(rank: int, given: dict[str, object]) -> Geometry:
+def _given_geometry(rank: int, given: Mapping[str, object]) -> Geometry:
     if given["kernel_size"] is None:
         raise ValueError("kernel_size: expected the kernel of the convolution, got None")
     limits = {"kernel_size": (1, 1), "stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}

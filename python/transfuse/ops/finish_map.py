@@ -86,7 +86,7 @@ def finish_map(
     alone = isinstance(maps, Tensor)
     if not alone and (not isinstance(maps, Sequence) or len(maps) == 0):
         raise TypeError(f"maps: expected a tensor or several, got {_checks.describe(maps)}")
-    found = _checked([maps] if alone else list(maps), alone)
+    found = _checked([maps] if isinstance(maps, Tensor) else list(maps), alone)
     shape = _size(size, found)
     shares = _weights(weights, len(found), alone)
     done = [_finish(m, shape, relu, code, eps) for m in found]

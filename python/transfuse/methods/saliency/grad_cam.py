@@ -160,14 +160,13 @@ class GradCAM:
             return self._finished(x, targets, normalize, size)
         if targets is None:
             targets = _most_likely(self.model, x)
-        total: Tensor | None = None
+        variants = []
         for mirrored in (False, True):
             for factor in _INTENSITIES:
                 one = factor * (x.flip(-1) if mirrored else x)
                 found = self._finished(one, targets, normalize, size)
-                found = found.flip(-1) if mirrored else found
-                total = found if total is None else total + found
-        return total / (2 * len(_INTENSITIES))  # type: ignore[operator]
+                variants.append(found.flip(-1) if mirrored else found)
+        return torch.stack(variants).mean(0)
 
     def _finished(self, x: Tensor, targets: Targets, normalize: object, size: object) -> Tensor:
         raw = self.raw(x, targets)

@@ -136,17 +136,22 @@ class NormGrad:
         proper = self.phase1 == "conv"
         captured = capture(self.model, x, self.layers, targets, inputs=proper)
         pairs = to_maps(captured, self.layers, self.reshape)
-        return [
-            normgrad_map(
+        maps = []
+        for name, (act, grad) in zip(self.layers, pairs, strict=True):
+            kernel_size, stride, padding, dilation = self._geometry.get(name, (None, 1, 0, 1))
+            found = normgrad_map(
                 act,
                 grad,
                 phase1=self.phase1,
                 phase2=self.phase2,
+                kernel_size=kernel_size,
+                stride=stride,
+                padding=padding,
+                dilation=dilation,
                 backend=self.backend,
-                **self._geometry.get(name, {}),
             )
-            for name, (act, grad) in zip(self.layers, pairs, strict=True)
-        ]
+            maps.append(found)
+        return maps
 
     def __call__(
         self,
@@ -184,8 +189,8 @@ class NormGrad:
         )
 
 
-def _convolution(name: str, module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """What phase 1 ``"conv"`` needs to know of a convolution."""
+def _convolution(name: str, module: nn.Module) -> tuple[tuple[int, ...], ...]:
+    """What phase 1 ``"conv"`` needs of a convolution: kernel, stride, padding, dilation."""
     if not isinstance(module, _CONVOLUTIONS):
         raise ValueError(
             f"layers: phase1='conv' expects convolutions (nn.Conv2d, nn.Conv3d), got {name!r}, "
@@ -196,24 +201,22 @@ def _convolution(name: str, module: nn.Module) -> dict[str, tuple[int, ...]]:
             f"layers: phase1='conv' expects one group and padding by zeros, got {name!r} with "
             f"{module.groups} groups and padding {module.padding_mode!r}"
         )
-    padding: object = module.padding
-    if isinstance(padding, str):
+    if isinstance(module.padding, str):
         reach = [
-            d * (k - 1) if padding == "same" else 0
+            d * (k - 1) if module.padding == "same" else 0
             for k, d in zip(module.kernel_size, module.dilation, strict=True)
         ]
         if any(r % 2 for r in reach):
             raise ValueError(f"layers: the padding of {name!r} differs between its two sides")
         padding = tuple(r // 2 for r in reach)
-    return {
-        "kernel_size": tuple(module.kernel_size),
-        "stride": tuple(module.stride),
-        "padding": padding,  # type: ignore[dict-item]
-        "dilation": tuple(module.dilation),
-    }
+    else:
+        padding = tuple(module.padding)
+    return tuple(module.kernel_size), tuple(module.stride), padding, tuple(module.dilation)
 
 
-def class_sensitivity(saliency: Callable[[Tensor, Tensor], Tensor], model: nn.Module, x: Tensor):
+def class_sensitivity(
+    saliency: Callable[[Tensor, Tensor], Tensor], model: nn.Module, x: Tensor
+) -> Tensor:
     """Correlation of the maps of the most and the least likely class; low is class sensitive.
 
     Args:
