@@ -23,6 +23,7 @@ OP_MODULES = (
     "head_curvature",
     "kernel_sums",
     "simplex",
+    "saliency",
     "nes",
     "lora",
     "multitensor",

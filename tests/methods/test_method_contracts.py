@@ -462,6 +462,58 @@ def test_metrics_are_reproducible_numbers(slug, dtype):
     assert not results[0].requires_grad
 
 
+def _image_network(dtype):
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3, padding=1),
+        torch.nn.ReLU(inplace=True),
+        torch.nn.AdaptiveAvgPool2d(2),
+        torch.nn.Flatten(),
+        torch.nn.Dropout(),
+        torch.nn.Linear(16, 5),
+    )
+    return network.to(dtype)
+
+
+@pytest.mark.parametrize("slug", methods.list(kind="saliency"))
+class TestSaliency:
+    """Built with defaults on a named layer: maps of the input's size in [0, 1], the same each time,
+    and a model that is as before."""
+
+    def test_defaults_build_and_describe_themselves(self, slug):
+        saliency = methods.get(slug)(_image_network(torch.float32), "1")
+        assert type(saliency).__name__ in repr(saliency)
+        assert "'1'" in repr(saliency)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_runs_in_dtype_and_is_reproducible(self, slug, dtype):
+        saliency = methods.get(slug)(_image_network(dtype), "1")
+        x = torch.rand(2, 3, 9, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
+        before = torch.random.get_rng_state()
+        first, second = saliency(x, [0, 4]), saliency(x, torch.tensor([0, 4]))
+        assert first.shape == (2, 9, 7)
+        assert first.dtype == torch.float32
+        assert first.min() >= 0
+        assert first.max() <= 1
+        assert torch.equal(first, second)
+        assert torch.equal(torch.random.get_rng_state(), before)
+
+    def test_the_model_is_as_before(self, slug):
+        model = _image_network(torch.float32).train()
+        state = {name: x.clone() for name, x in model.state_dict().items()}
+        saliency = methods.get(slug)(model, "1")
+        saliency(torch.rand(2, 3, 9, 7))
+        with pytest.raises(ValueError, match=r"targets: expected entries in \[0, 5\)"):
+            saliency(torch.rand(2, 3, 9, 7), 5)
+        assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
+        assert all(p.grad is None and p.requires_grad for p in model.parameters())
+        assert all(m.training and not m._forward_hooks for m in model.modules())
+
+    def test_unknown_layers_are_refused(self, slug):
+        with pytest.raises(ValueError, match="layers: no module '9'"):
+            methods.get(slug)(_image_network(torch.float32), "9")
+
+
 # What the tests above cover.
 TESTED = frozenset(
     {
@@ -474,6 +526,7 @@ TESTED = frozenset(
         "optimizer",
         "patch",
         "procedure",
+        "saliency",
     }
 )
 

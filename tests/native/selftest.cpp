@@ -15,6 +15,7 @@
 #include "nes_selftest.h"
 #include "patch_gram_selftest.h"
 #include "row_codes_selftest.h"
+#include "saliency_selftest.h"
 #include "simplex_selftest.h"
 #include "token_merging_selftest.h"
 #include "transfuse/isa.h"
@@ -47,6 +48,7 @@ int run(int argc, char** argv) {
   selftest::nes_selftest();
   selftest::patch_gram_selftest(cases);
   selftest::row_codes_selftest(cases);
+  selftest::saliency_selftest(cases);
   selftest::simplex_selftest();
   selftest::token_merging_selftest(cases);
   const selftest::Tally& t = selftest::tally();

@@ -21,7 +21,9 @@ from transfuse.ops.cfg_step import (
     cfg_step_with_original,
 )
 from transfuse.ops.eigen import EigenPairs, Lanczos, lanczos, lanczos_eigenpairs, power_iteration
+from transfuse.ops.finish_map import finish_map
 from transfuse.ops.ggn_operator import GGNOperator
+from transfuse.ops.grad_weighted_map import grad_weighted_map
 from transfuse.ops.gradient_weights import (
     aligned_mtl_weights,
     cagrad_weights,
@@ -48,6 +50,7 @@ from transfuse.ops.median_bandwidth import median_bandwidth
 from transfuse.ops.multitensor import lincomb, multi_dot, multi_gram, multi_norm
 from transfuse.ops.nes import nes_gradient, nes_perturb
 from transfuse.ops.noise_mix import NoisyVelocity, noise_mix, noise_mix_with_velocity
+from transfuse.ops.normgrad_map import normgrad_map
 from transfuse.ops.patch_gram import patch_gram
 from transfuse.ops.ratio_merge import ratio_merge
 from transfuse.ops.row_codes import RowCodes, RowGroups, row_codes, row_groups
@@ -118,6 +121,8 @@ __all__ = [
     "conditional_cs",
     "cs_divergence",
     "cs_qmi",
+    "finish_map",
+    "grad_weighted_map",
     "head_gradient",
     "head_hessian_diagonal",
     "head_hessian_distance",
@@ -152,6 +157,7 @@ __all__ = [
     "noise_mix",
     "noise_mix_with_velocity",
     "nonneg_qp",
+    "normgrad_map",
     "pareto_lp",
     "patch_gram",
     "pcgrad_weights",

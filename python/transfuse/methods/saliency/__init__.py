@@ -1,0 +1,1 @@
+"""Maps of where in its input a network finds what it decides by."""
