@@ -6,10 +6,7 @@
 // third reading (centred products, writing) come from the caches. Contiguous planes are read and written 16 bytes at a
 // time. Sums are trees of fixed shape over the threads of a block, without atomics, so the same bits come out every
 // time.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
+#include "device.h"
 #include "transfuse/adain_layout.h"
 
 namespace transfuse {
@@ -18,31 +15,6 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kTile = 32;       // neighbouring planes per block
 constexpr int kMinColumns = 8;  // fewer are taken one by one
-constexpr int kPackBytes = 16;
-
-template <class M>
-struct Arithmetic {
-  using A = float;
-};
-template <>
-struct Arithmetic<double> {
-  using A = double;
-};
-
-__device__ inline float widen(float x) { return x; }
-__device__ inline double widen(double x) { return x; }
-__device__ inline float widen(__half x) { return __half2float(x); }
-__device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ inline void narrow(float x, float* p) { *p = x; }
-__device__ inline void narrow(double x, double* p) { *p = x; }
-__device__ inline void narrow(float x, __half* p) { *p = __float2half_rn(x); }
-__device__ inline void narrow(float x, __nv_bfloat16* p) { *p = __float2bfloat16_rn(x); }
-
-template <class M>
-struct alignas(kPackBytes) Pack {
-  static constexpr int kSize = kPackBytes / (int)sizeof(M);
-  M v[kSize];
-};
 
 // The planes of one block: column `column` of the slab, rows shared out over `lanes` threads each.
 struct Place {
@@ -303,19 +275,19 @@ Repeats find_repeats(const AdainArgs& args) {
   return r;
 }
 
-int grid_of(const AdainLayout& g) { return (int)(g.slabs < 0x7fffffff ? g.slabs : 0x7fffffff); }
-
 template <class M, int NX, int NY>
 cudaError_t launch_typed(AdainDirection direction, const AdainArgs& args, AdainMoments* moments, AdainShare* shares,
                          cudaStream_t stream) {
   const AdainLayout content = adain_layout(args, true, direction, kMinColumns, kTile);
   const AdainLayout style = adain_layout(args, false, direction, kMinColumns, kTile);
-  moments_kernel<M, NY><<<grid_of(style), kThreads, 0, stream>>>(style, moments);
-  content_kernel<M, NX><<<grid_of(content), kThreads, 0, stream>>>({content, direction, args.eps, shares}, moments);
-  if (shares != nullptr)
-    style_kernel<M, NY>
-        <<<grid_of(style), kThreads, 0, stream>>>({style, direction, args.eps, shares}, moments, find_repeats(args));
-  return cudaGetLastError();
+  cudaError_t error = launch(moments_kernel<M, NY>, style.slabs, kThreads, stream, style, moments);
+  if (error == cudaSuccess)
+    error = launch(content_kernel<M, NX>, content.slabs, kThreads, stream, Launch{content, direction, args.eps, shares},
+                   moments);
+  if (error == cudaSuccess && shares != nullptr)
+    error = launch(style_kernel<M, NY>, style.slabs, kThreads, stream, Launch{style, direction, args.eps, shares},
+                   moments, find_repeats(args));
+  return error;
 }
 
 template <class M>
@@ -343,7 +315,7 @@ const char* adain_cuda(AdainDirection direction, const AdainArgs& args, void* mo
     case DType::bf16: error = launch_direction<__nv_bfloat16>(direction, args, m, s, on); break;
     case DType::f16: error = launch_direction<__half>(direction, args, m, s, on); break;
   }
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return message_of(error);
 }
 
 }  // namespace transfuse
