@@ -104,18 +104,8 @@ sanitize: $(VENV)/.packages  ## the same under AddressSanitizer and UBSan
 triton-check: $(VENV)/.package  ## compile the Triton kernels for sm_80 and sm_90, without a GPU
 	$(PY) -m transfuse.triton_kernels.compile_check $(ARGS)
 
-CUDA_SOURCES := $(shell find csrc/cuda -name '*.cu' -o -name '*.cpp')
 cuda-check: $(VENV)/.packages  ## compile the CUDA sources for sm_80 and sm_90, without a GPU
-	@if ! command -v nvcc >/dev/null; then echo "cuda-check: skipped, no nvcc on PATH"; exit 0; fi; \
-	set -e; mkdir -p build/cuda; \
-	torch=$$($(PY) -c 'import os, torch; print(os.path.dirname(torch.__file__))'); \
-	for source in $(CUDA_SOURCES); do \
-	  echo "nvcc $$source"; \
-	  nvcc -c -std=c++20 -O3 -DUSE_CUDA -DTORCH_TARGET_VERSION=0x020a000000000000 \
-	    -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 \
-	    -Icsrc/include -isystem "$$torch/include" -o build/cuda/$$(basename $$source).o $$source; \
-	done; \
-	echo "cuda-check: compiled $(words $(CUDA_SOURCES)) sources for sm_80 and sm_90"
+	$(PY) csrc/cuda/compile_check.py $(ARGS)
 
 # ---- packages -------------------------------------------------------------------------------------
 

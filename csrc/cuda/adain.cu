@@ -308,14 +308,8 @@ const char* adain_cuda(AdainDirection direction, const AdainArgs& args, void* mo
   auto* m = static_cast<AdainMoments*>(moments);
   auto* s = static_cast<AdainShare*>(shares);
   const auto on = static_cast<cudaStream_t>(stream);
-  cudaError_t error = cudaErrorInvalidValue;
-  switch (args.dtype) {
-    case DType::f32: error = launch_direction<float>(direction, args, m, s, on); break;
-    case DType::f64: error = launch_direction<double>(direction, args, m, s, on); break;
-    case DType::bf16: error = launch_direction<__nv_bfloat16>(direction, args, m, s, on); break;
-    case DType::f16: error = launch_direction<__half>(direction, args, m, s, on); break;
-  }
-  return message_of(error);
+  return message_of(with_storage(
+      args.dtype, [&](auto number) { return launch_direction<decltype(number)>(direction, args, m, s, on); }));
 }
 
 }  // namespace transfuse

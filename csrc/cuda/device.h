@@ -65,6 +65,18 @@ inline cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int thr
   return cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
 }
 
+// Calls f with a number of the storage type.
+template <class F>
+inline cudaError_t with_storage(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::f32: return f(float());
+    case DType::f64: return f(double());
+    case DType::bf16: return f(__nv_bfloat16());
+    case DType::f16: return f(__half());
+  }
+  return cudaErrorInvalidValue;
+}
+
 // The message of an error, or nullptr.
 inline const char* message_of(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 

@@ -37,7 +37,7 @@ from transfuse.testing.specs._diffusion_errors import (
 )
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-BACKENDS = ("reference", "cpu", "triton")
+BACKENDS = ("reference", "cpu", "triton", "cuda")
 REFUSES = {
     "batched backward": "Batching rule not implemented",
     "compile, func.grad": "do not support torch.func transforms",

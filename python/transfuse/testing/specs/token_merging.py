@@ -22,7 +22,7 @@ from transfuse.testing.spec import CallArgs, Case, OpSpec, RawCall, Tensors
 from transfuse.testing.specs import _token_merging_errors as errors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-BACKENDS = ("reference", "cpu", "triton")
+BACKENDS = ("reference", "cpu", "triton", "cuda")
 REFUSES = {
     "jvp of jvp": "one more forward-mode derivative is not implemented",
     "batched backward": "Batching rule not implemented",
