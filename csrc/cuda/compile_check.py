@@ -1,7 +1,7 @@
 """Compiles the CUDA sources for sm_80 and sm_90 without a GPU, and says what every kernel uses.
 
-``python csrc/cuda/compile_check.py`` prints registers, spills, stack, shared memory and arguments of
-each kernel, as ptxas reports them, and fails on a warning, on an error, and on a kernel that spills
+``python csrc/cuda/compile_check.py`` prints registers, stack, spills and shared memory of each
+kernel, as ptxas reports them, and fails on a warning, on an error, and on a kernel that spills
 registers without being named in ``MAY_SPILL``. It needs nvcc on PATH, and torch for its headers; it
 imports nothing of transfuse.
 """
@@ -45,9 +45,7 @@ class Usage(NamedTuple):
 
 def command(source: Path, torch: Path, output: Path) -> list[str]:
     """The compiler call for one source; both architectures are one call."""
-    codes = [
-        f"-gencode=arch=compute_{number},code=sm_{number}" for number in ARCHITECTURES
-    ]
+    codes = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in ARCHITECTURES]
     return [
         "nvcc", "-c", "-std=c++20", "-O3", "-DUSE_CUDA",
         "-DTORCH_TARGET_VERSION=0x020a000000000000", *codes,
@@ -144,8 +142,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if spec is None or spec.origin is None:
         print("cuda-check: torch is not installed; its headers are needed", file=sys.stderr)
         return 2
-    sources = options.sources if options.sources else sorted(
-        path for path in HERE.iterdir() if path.suffix in (".cu", ".cpp")
+    sources = (
+        options.sources
+        if options.sources
+        else sorted(path for path in HERE.iterdir() if path.suffix in (".cu", ".cpp"))
     )
     options.output.mkdir(parents=True, exist_ok=True)
     usages: list[Usage] = []

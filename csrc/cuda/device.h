@@ -16,7 +16,12 @@ namespace transfuse {
 
 constexpr int kPackBytes = 16;
 constexpr int kWarp = 32;
-constexpr int64_t kMaxBlocks = 0x7fffffff;  // of a grid along x; kernels walk on from there
+// Blocks of a grid along x; kernels walk on from there. (Tests take few, so that they do.)
+#if defined(TRANSFUSE_MAX_BLOCKS)
+constexpr int64_t kMaxBlocks = TRANSFUSE_MAX_BLOCKS;
+#else
+constexpr int64_t kMaxBlocks = 0x7fffffff;
+#endif
 
 template <class M>
 struct Arithmetic {

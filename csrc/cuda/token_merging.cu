@@ -12,6 +12,7 @@ namespace transfuse {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kBlocks = 4;  // per multiprocessor at least: enough to keep memory busy, and nothing spills
 
 // A block takes kThreads >> shift neighbouring items (rows or tokens) of one batch entry, 2^shift threads each.
 struct Tiling {
@@ -61,7 +62,7 @@ __device__ inline Segment segment_of(const PlanView& p, int64_t b, int64_t r, bo
 }
 
 template <class M, int P>
-__global__ void __launch_bounds__(kThreads) segments_kernel(const MergeArgs a, const Tiling t) {
+__global__ void __launch_bounds__(kThreads, kBlocks) segments_kernel(const MergeArgs a, const Tiling t) {
   using A = typename Arithmetic<M>::A;
   using Q = Pack<M, P>;
   const PlanView& p = a.plan;
@@ -99,7 +100,7 @@ __global__ void __launch_bounds__(kThreads) segments_kernel(const MergeArgs a, c
 }
 
 template <class M, int P>
-__global__ void __launch_bounds__(kThreads) amax_kernel(const MergeArgs a, const Tiling t) {
+__global__ void __launch_bounds__(kThreads, kBlocks) amax_kernel(const MergeArgs a, const Tiling t) {
   using A = typename Arithmetic<M>::A;
   using Q = Pack<M, P>;
   const PlanView& p = a.plan;
@@ -136,7 +137,7 @@ __global__ void __launch_bounds__(kThreads) amax_kernel(const MergeArgs a, const
 }
 
 template <class M, int P>
-__global__ void __launch_bounds__(kThreads) gather_kernel(const MergeArgs a, const Tiling t) {
+__global__ void __launch_bounds__(kThreads, kBlocks) gather_kernel(const MergeArgs a, const Tiling t) {
   using A = typename Arithmetic<M>::A;
   using Q = Pack<M, P>;
   const PlanView& p = a.plan;
@@ -166,7 +167,7 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(const MergeArgs a, con
 }
 
 template <class M, int P>
-__global__ void __launch_bounds__(kThreads) push_kernel(const PushArgs a, const Tiling t) {
+__global__ void __launch_bounds__(kThreads, kBlocks) push_kernel(const PushArgs a, const Tiling t) {
   using A = typename Arithmetic<M>::A;
   using Q = Pack<M, P>;
   const A alpha = (A)a.alpha, threshold = (A)a.threshold;

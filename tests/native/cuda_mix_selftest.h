@@ -17,6 +17,33 @@ inline void run_mix_on_cuda(const transfuse::MixArgs& args, bool again, bool num
   check(error == nullptr, std::string("cuda mix: ") + (error == nullptr ? "" : error));
 }
 
+// An input whose coefficient is 0 leaves no trace, whatever it holds; one that another output reads neither.
+inline void check_mix_without_trace(DType dtype, int inputs) {
+  const int64_t count = 300;
+  std::vector<Array> in, out;
+  for (int k = 0; k < inputs; ++k) in.emplace_back(dtype, std::vector<int64_t>{1, 1, 1, count});
+  for (int j = 0; j < 2; ++j) out.emplace_back(dtype, std::vector<int64_t>{1, 1, 1, count});
+  in[1].fill(1.5);  // the others hold NaN
+  std::vector<double> coefficients((size_t)(2 * (inputs + 1)), 0.0);
+  coefficients[1] = 2.0;
+  coefficients[(size_t)inputs + 1] = 1.0;
+  transfuse::MixArgs args;
+  args.dtype = dtype;
+  args.batch = 1;
+  args.count = count;
+  args.inputs = inputs;
+  args.outputs = 2;
+  for (int k = 0; k < inputs; ++k) args.in[k] = in[(size_t)k].data();
+  for (int j = 0; j < 2; ++j) args.out[j] = out[(size_t)j].data();
+  args.coefficients = coefficients.data();
+  run_mix_on_cuda(args, false, true);
+  bool good = true;
+  out[0].each([&](int64_t a, int64_t b, int64_t c, int64_t d) {
+    good = good && out[0].get(a, b, c, d) == 3.0 && std::isnan(out[1].get(a, b, c, d));
+  });
+  check(good, std::string("cuda mix ") + name_of(dtype) + ": an input with coefficient 0 leaves a trace");
+}
+
 inline void mix_cuda_selftest() {
   const MixRun table = [](const transfuse::MixArgs& a, bool again) { run_mix_on_cuda(a, again, false); };
   const MixRun numbers = [](const transfuse::MixArgs& a, bool again) { run_mix_on_cuda(a, again, true); };
@@ -33,6 +60,8 @@ inline void mix_cuda_selftest() {
     run(2, 128, 5, 10, 3);
     run(1, 70, 48, 5, 2);
     run(3, 64, 2, 0, 9);
+    for (int i = 0; i < 4; ++i) run(7, 40, 3 + 6 * (i / 2), 1, i);  // more samples than blocks
+    for (const int inputs : {2, 7, 9}) check_mix_without_trace(dtype, inputs);
   }
 }
 

@@ -200,14 +200,22 @@ void run_block(unsigned threads) {
   }
   for (unsigned t = 0; t < threads; ++t) prepare(&fibers[t], t);
   unsigned alive = threads;
+  // A warp goes on for as long as it can: what another has not read yet is overwritten if nothing prevents it.
   for (unsigned round = 0; alive > 0; ++round) {
     bool moved = false;
-    for (unsigned i = 0; i < threads; ++i) {
-      Fiber* fiber = &fibers[place(i, threads, round)];
-      if (fiber->done || (fiber->waits != nullptr && fiber->waits->generation == fiber->generation)) continue;
-      moved = true;
-      to_fiber(fiber);
-      alive -= fiber->done;
+    for (unsigned w = 0; w < (unsigned)warps.size(); ++w) {
+      const unsigned warp = place(w, (unsigned)warps.size(), round), first = warp * kWarpSize;
+      const unsigned count = threads - first < kWarpSize ? threads - first : kWarpSize;
+      for (bool again = true; again;) {
+        again = false;
+        for (unsigned i = 0; i < count; ++i) {
+          Fiber* fiber = &fibers[first + place(i, count, round)];
+          if (fiber->done || (fiber->waits != nullptr && fiber->waits->generation == fiber->generation)) continue;
+          to_fiber(fiber);
+          alive -= fiber->done;
+          moved = again = true;
+        }
+      }
     }
     if (!moved) fail("threads of a block wait for others that do not come: a barrier is not reached by all");
   }
