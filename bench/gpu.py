@@ -47,17 +47,22 @@ EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 
 CONTRACT = Path("tests/ops/test_contract.py")
 TOOLS = ("memcheck", "racecheck")
-# Ops of the benchmark (modules of this package) by backend, the most telling first.
+# Ops of the benchmark (modules of this package) by backend, the most telling first, and the share
+# of the time that a backend gets; what the first leaves over goes to the second.
 TIMED = {
+    "cuda": (("token_merging", "diffusion", "adain"), 0.3),
     "triton": (
-        "attention",
-        "token_merging",
-        "diffusion",
-        "adain",
-        "window_attention",
-        "patch_gram",
+        (
+            "attention",
+            "token_merging",
+            "diffusion",
+            "adain",
+            "window_attention",
+            "patch_gram",
+            "nes",
+        ),
+        0.7,
     ),
-    "cuda": ("token_merging", "diffusion", "adain"),
 }
 _OUTCOME = re.compile(r"^(\S+\.py::\S+) (PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS)", re.MULTILINE)
 
@@ -121,21 +126,18 @@ def sanitizer_jobs(tool: str) -> list[Job]:
     ]
 
 
-def timing_jobs(folder: Path, seconds: float) -> list[Job]:
-    """The benchmark's ops one after the other, each with its part of the time."""
-    wanted = [(op, backend) for backend in GPU_BACKENDS for op in TIMED[backend]]
-    share = seconds / len(wanted)
-    return [
-        Job(
-            f"{op} {backend}",
-            (
-                sys.executable, "-m", __package__, op, "--device", "cuda", "--kernels", backend,
-                "--seconds", "1", "--stop-after", f"{0.7 * share:.0f}",
-                "--json", str(folder / f"timing-{op}-{backend}.json"),
-            ),
-        )
-        for op, backend in wanted
-    ]  # fmt: skip
+def timing_job(backend: str, folder: Path, seconds: float) -> Job:
+    """The benchmark by one backend. It starts no case in the last quarter of its time, so that the
+    one it is at can end: the record is written after the last."""
+    ops, _ = TIMED[backend]
+    return Job(
+        f"benchmark by {backend}",
+        (
+            sys.executable, "-m", __package__, *ops, "--device", "cuda", "--kernels", backend,
+            "--seconds", "1", "--stop-after", f"{0.75 * seconds:.0f}",
+            "--json", str(folder / f"timing-{backend}.json"),
+        ),
+    )  # fmt: skip
 
 
 # ---- running -------------------------------------------------------------------------------------
@@ -332,18 +334,21 @@ def run_sanitizer(folder: Path, seconds: float) -> dict[str, object]:
 
 
 def run_timing(folder: Path, seconds: float) -> dict[str, object]:
-    """The benchmark, one process after the other, each stopped at its part of the time."""
-    jobs, found, parts = timing_jobs(folder, seconds), [], []
+    """The benchmark by one backend after the other, each stopped at its part of the time."""
+    found, parts, left = [], [], 1.0
     end = time.monotonic() + seconds
-    for left, job in zip(range(len(jobs), 0, -1), jobs, strict=True):
-        path = Path(job.command[job.command.index("--json") + 1])
+    for backend, (_, share) in TIMED.items():
+        own = max(1.0, end - time.monotonic()) * share / left
+        left -= share
+        job = timing_job(backend, folder, own)
+        path = Path(job.command[-1])
         path.unlink(missing_ok=True)
-        share = max(0.0, end - time.monotonic()) / left
-        (finished,) = run_jobs([job], folder, seconds=share, workers=1)
+        (finished,) = run_jobs([job], folder, seconds=own, workers=1)
         written = path.is_file()
-        _say(finished, written and finished.status == 0)
-        note = "" if finished.status == 0 else _ending(finished)
-        found.append({"name": job.name, "complete": written, "passed": finished.status == 0,
+        good = written and finished.status == 0
+        _say(finished, good)
+        note = "" if good else _ending(finished)
+        found.append({"name": job.name, "complete": written, "passed": good,
                       "seconds": round(finished.seconds, 1), "note": note})  # fmt: skip
         if written:
             parts.append(records.load(path))
@@ -475,7 +480,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         jobs = {
             "contract": contract_jobs(),
             "sanitizer": sanitizer_jobs("compute-sanitizer" if tool is None else tool),
-            "timing": timing_jobs(options.work, SHARES["timing"] * options.seconds),
+            "timing": [
+                timing_job(backend, options.work, SHARES["timing"] * options.seconds * share)
+                for backend, (_, share) in TIMED.items()
+            ],
         }
         for part in options.part:
             for job in jobs[part]:

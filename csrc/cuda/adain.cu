@@ -17,17 +17,6 @@ constexpr int kBlocks = 2;      // per multiprocessor at least: registers enough
 constexpr int kTile = 32;       // neighbouring planes per block
 constexpr int kMinColumns = 8;  // fewer are taken one by one
 
-// Once per plane, and long: compiled once, not into every kernel.
-__device__ __noinline__ AdainSlab slab_of(const AdainLayout& g, int64_t i) { return adain_slab(g, i); }
-__device__ __noinline__ void content_rule(AdainDirection direction, double eps, const AdainMoments& x,
-                                          const AdainMoments& y, AdainCoefficients* out, AdainShare* share) {
-  adain_content_rule(direction, eps, x, y, out, share);
-}
-__device__ __noinline__ void style_rule(AdainDirection direction, const AdainMoments& y, const AdainShare& share,
-                                        AdainCoefficients* out) {
-  adain_style_rule(direction, y, share, out);
-}
-
 // The planes of one block: column `column` of the slab, rows shared out over `lanes` threads each.
 struct Place {
   int tile, lanes, column, lane;
@@ -196,7 +185,7 @@ template <class M, int N>
 __global__ void __launch_bounds__(kThreads, kBlocks) moments_kernel(const AdainLayout g, AdainMoments* out) {
   __shared__ double memory[kThreads];
   for (int64_t i = blockIdx.x; i < g.slabs; i += gridDim.x) {
-    const AdainSlab s = slab_of(g, i);
+    const AdainSlab s = adain_slab(g, i);
     const Place p = place_of(g, s);
     const AdainMoments m = block_moments<M, N>(g, s, p, memory);
     if (p.live && p.lane == 0) out[s.index + p.column * g.column_index_step] = m;
@@ -209,13 +198,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks) content_kernel(const Launch
   __shared__ AdainCoefficients rules[kTile];
   const AdainLayout& g = launch.layout;
   for (int64_t i = blockIdx.x; i < g.slabs; i += gridDim.x) {
-    const AdainSlab s = slab_of(g, i);
+    const AdainSlab s = adain_slab(g, i);
     const Place p = place_of(g, s);
     const AdainMoments m = block_moments<M, N>(g, s, p, memory);
     if (p.live && p.lane == 0) {
       AdainCoefficients c;
       AdainShare share;
-      content_rule(launch.direction, launch.eps, m, style[s.style + p.column * g.column_style_step], &c, &share);
+      adain_content_rule(launch.direction, launch.eps, m, style[s.style + p.column * g.column_style_step], &c, &share);
       if (launch.shares != nullptr) launch.shares[s.index + p.column * g.column_index_step] = share;
       rules[p.column] = c;
     }
@@ -239,7 +228,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const AdainLayout& g = launch.layout;
   __shared__ AdainCoefficients rules[kTile];
   for (int64_t i = blockIdx.x; i < g.slabs; i += gridDim.x) {
-    const AdainSlab s = slab_of(g, i);
+    const AdainSlab s = adain_slab(g, i);
     const Place p = place_of(g, s);
     const int64_t index = p.live ? s.index + p.column * g.column_index_step : 0;
     if (p.live && p.lane == 0) {
@@ -259,7 +248,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
         sum.std_tangent += launch.shares[at].std_tangent;
       }
       AdainCoefficients c;
-      style_rule(launch.direction, moments[index], sum, &c);
+      adain_style_rule(launch.direction, moments[index], sum, &c);
       rules[p.column] = c;
     }
     __syncthreads();

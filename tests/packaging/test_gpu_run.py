@@ -33,7 +33,7 @@ def finished(output: str, status: int | None) -> gpu.Finished:
     return gpu.Finished(gpu.Job("a job", ()), status, output, 1.0)
 
 
-# -- without a GPU ----------------------------------------------------------------------------------
+# -- without a GPU ---------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -100,7 +100,7 @@ def test_selections_find_tests():
     assert all("[adain-cuda" in line for line in found)
 
 
-# -- jobs -------------------------------------------------------------------------------------------
+# -- jobs ------------------------------------------------------------------------------------------
 
 
 def test_jobs_run_together_and_end_in_order(tmp_path):
@@ -133,7 +133,7 @@ def test_what_takes_too_long_is_stopped_with_all_it_started(tmp_path):
     assert not mark.exists()
 
 
-# -- findings ---------------------------------------------------------------------------------------
+# -- findings --------------------------------------------------------------------------------------
 
 
 def test_findings_of_a_test_run():
@@ -183,7 +183,7 @@ def test_exercise_calls_every_small_case():
     assert gpu.exercise("cuda", CPU, [spec]) == 0
 
 
-# -- the record -------------------------------------------------------------------------------------
+# -- the record ------------------------------------------------------------------------------------
 
 
 def timing(backend: str, p50: float) -> dict[str, object]:
