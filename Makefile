@@ -81,12 +81,13 @@ docs-check: $(VENV)/.package  ## fail if a generated table of README.md is stale
 doctest: $(VENV)/.package  ## the examples of docstrings and of README.md
 	$(PY) -m pytest tests/test_doctests.py $(ARGS)
 
-# The kernels alone: no Python, no torch. Every ISA level that this processor runs.
-selftest: $(VENV)/.packages  ## self-test of the kernels at every ISA level
+# The kernels alone: no Python, no torch. Every ISA level that this processor runs, and CUDA on the CPU.
+selftest: $(VENV)/.packages  ## self-test of the kernels at every ISA level, and of the CUDA ones, emulated
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B $(NATIVE) -G Ninja -DTRANSFUSE_SELFTEST_ONLY=ON
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build $(NATIVE)
 	@set -e; for level in $$($(NATIVE)/transfuse_selftest --levels); do \
 	  TRANSFUSE_CPU_ISA=$$level $(NATIVE)/transfuse_selftest; done
+	@$(NATIVE)/transfuse_cuda_selftest
 
 # Sanitized kernels take long to compile and to run: those that could not run here are left out, and
 # each draws fewer cases than in `selftest`.
@@ -98,22 +99,13 @@ sanitize: $(VENV)/.packages  ## the same under AddressSanitizer and UBSan
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build $(SANITIZED)
 	@set -e; for level in $$($(SANITIZED)/transfuse_selftest --levels); do \
 	  TRANSFUSE_CPU_ISA=$$level $(SANITIZED)/transfuse_selftest --cases $(SANITIZED_CASES); done
+	@$(SANITIZED)/transfuse_cuda_selftest
 
 triton-check: $(VENV)/.package  ## compile the Triton kernels for sm_80 and sm_90, without a GPU
 	$(PY) -m transfuse.triton_kernels.compile_check $(ARGS)
 
-CUDA_SOURCES := $(shell find csrc/cuda -name '*.cu' -o -name '*.cpp')
 cuda-check: $(VENV)/.packages  ## compile the CUDA sources for sm_80 and sm_90, without a GPU
-	@if ! command -v nvcc >/dev/null; then echo "cuda-check: skipped, no nvcc on PATH"; exit 0; fi; \
-	set -e; mkdir -p build/cuda; \
-	torch=$$($(PY) -c 'import os, torch; print(os.path.dirname(torch.__file__))'); \
-	for source in $(CUDA_SOURCES); do \
-	  echo "nvcc $$source"; \
-	  nvcc -c -std=c++20 -O3 -DUSE_CUDA -DTORCH_TARGET_VERSION=0x020a000000000000 \
-	    -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 \
-	    -Icsrc/include -isystem "$$torch/include" -o build/cuda/$$(basename $$source).o $$source; \
-	done; \
-	echo "cuda-check: compiled $(words $(CUDA_SOURCES)) sources for sm_80 and sm_90"
+	$(PY) csrc/cuda/compile_check.py $(ARGS)
 
 # ---- packages -------------------------------------------------------------------------------------
 

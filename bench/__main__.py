@@ -66,8 +66,15 @@ def run_parser() -> argparse.ArgumentParser:
     parser.add_argument("--mode", choices=("forward", "backward", "full"))
     parser.add_argument("--peers", nargs="+", metavar="PEER", help="only these peers (see --list)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--kernels", choices=("cpu", "triton", "cuda"),
+        help="transfuse's backend (default: cpu; triton on a CUDA device)",
+    )  # fmt: skip
     parser.add_argument("--threads", type=_positive, metavar="N", help="for every candidate")
     parser.add_argument("--seconds", type=_seconds, help="timing budget per case")
+    parser.add_argument(
+        "--stop-after", type=_seconds, metavar="SECONDS", help="start no further case after these"
+    )
     parser.add_argument(
         "--memory", action="store_true", help="measure peak memory of every candidate"
     )
@@ -229,7 +236,8 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         quick=options.quick,
         memory=options.memory,
         peers=None if options.peers is None else tuple(options.peers),
-        stop_at=started + QUICK_SECONDS if options.quick else None,
+        stop_at=_stop_at(options, started),
+        kernels=options.kernels,
         limits=limits,
     )
     results, left_out = [], []
@@ -241,7 +249,7 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         results.append(result)
         print(report.case_table(result), flush=True)
     if left_out:
-        print(f"no time left in this quick run for: {', '.join(left_out)}\n")
+        print(f"no time left in this run for: {', '.join(left_out)}\n")
     record = records.make_record(
         results,
         environment=environment,
@@ -257,6 +265,14 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     if options.allocator == "both" and allocator.supported():
         record["results"] += _default_results(options, arguments)
     return _finish(record, options)
+
+
+def _stop_at(options: argparse.Namespace, started: float) -> float | None:
+    """Reading of ``time.monotonic`` after which no case starts; None: never."""
+    limits = [QUICK_SECONDS] if options.quick else []
+    if options.stop_after is not None:
+        limits.append(options.stop_after)
+    return started + min(limits) if limits else None
 
 
 def _default_results(

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from transfuse import _backend
+
 Tensors = dict[str, torch.Tensor]
 Expression = Callable[[Tensors], object]
 
@@ -68,18 +70,27 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What a case is built for."""
+    """What a case is built for. ``kernels`` names the backend; None is the device's first."""
 
     dtype: torch.dtype
     mode: str
     device: torch.device
     seed: int = 0
+    kernels: str | None = None
 
     @property
     def backend(self) -> str:
         """The backend ours is forced to: a forced one never falls back, so a missing or mismatched
         binary is a failed row and not the timing of an eager composition under our name."""
+        if self.kernels is not None:
+            return self.kernels
         return "triton" if self.device.type == "cuda" else "cpu"
+
+    def need(self, *ops: str) -> None:
+        """Raise Unavailable where one of these ops has no such backend."""
+        for op in ops:
+            if self.backend not in _backend.declared()[op].backends:
+                raise Unavailable(f"{op} has no {self.backend} kernel")
 
     def generator(self) -> torch.Generator:
         # Always a CPU generator: the same seed must give the same inputs on every device.

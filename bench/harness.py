@@ -31,7 +31,7 @@ class Settings:
 
     ``peers`` None means those of the case. ``stop_at`` is a reading of ``time.monotonic`` after
     which nothing more is started. ``memory`` measures the peak of every case, not only of those
-    that ask.
+    that ask. ``kernels`` names the backend that ours is forced to; None is the device's first.
     """
 
     device: torch.device
@@ -40,6 +40,7 @@ class Settings:
     memory: bool = False
     peers: tuple[str, ...] | None = None
     stop_at: float | None = None
+    kernels: str | None = None
     seed: int = 0
     limits: Mapping[str, object] | None = None
     registry: Mapping[str, Peer] = field(default_factory=all_peers)
@@ -109,7 +110,11 @@ def run_case(op: str, case: Case, target: Target, settings: Settings) -> dict[st
         raises.
     """
     setup = Setup(
-        dtype=DTYPES[target.dtype], mode=target.mode, device=settings.device, seed=settings.seed
+        dtype=DTYPES[target.dtype],
+        mode=target.mode,
+        device=settings.device,
+        seed=settings.seed,
+        kernels=settings.kernels,
     )
     entry: dict[str, object] = {
         "op": op,
@@ -227,7 +232,7 @@ def _why_not(
     left = settings.seconds_left()
     loaded = "torch._inductor.compile_fx" in sys.modules
     if peer.compiles and left < (NEXT_COMPILE_SECONDS if loaded else FIRST_COMPILE_SECONDS):
-        return "skipped", f"compiling would not end in the {max(left, 0):.0f} s left of --quick"
+        return "skipped", f"compiling would not end in the {max(left, 0):.0f} s that are left"
     # Gradients keep more maps alive than a forward does.
     needs = workload.needs_bytes.get(peer.kind, 0) * (1 if setup.mode in ("forward", "hvp") else 2)
     room = machine.available_memory(settings.device)

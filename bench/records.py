@@ -57,7 +57,7 @@ FIGURE_FIELDS: dict[str, tuple[type | None, ...]] = {
 CASE_STATUSES = ("ok", "failed", "unavailable")
 CANDIDATE_STATUSES = ("ok", "failed", "unavailable", "skipped")
 
-Key = tuple[str, str, str, str, str, int, str]
+Key = tuple[str, str, str, str, str, str, int, str]
 
 
 class RecordError(ValueError):
@@ -204,14 +204,15 @@ def _umask() -> int:
 
 def key_of(result: Mapping[str, object]) -> Key:
     """What makes two results figures of the same thing."""
-    names = ("op", "case", "dtype", "mode", "device", "threads", "allocator")
+    names = ("op", "case", "dtype", "mode", "device", "backend", "threads", "allocator")
     return tuple(result[name] for name in names)
 
 
 def label(key: Key) -> str:
     """A key for people."""
-    op, case, dtype, mode, device, threads, allocator = key
-    return f"{op}/{case} {dtype} {mode} ({device}, {threads} threads, {allocator} allocator)"
+    op, case, dtype, mode, device, backend, threads, allocator = key
+    where = device if backend == device else f"{backend} on {device}"
+    return f"{op}/{case} {dtype} {mode} ({where}, {threads} threads, {allocator} allocator)"
 
 
 @dataclass(frozen=True)

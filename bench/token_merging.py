@@ -176,6 +176,7 @@ def _block_case(setup: Setup) -> Workload:
     Tokens of a 2 x 2 cell are equal, so that merging loses nothing and, with the logarithm of the
     sizes as bias, all candidates compute the same numbers. The time does not depend on that.
     """
+    setup.need("attend")
     generator = setup.generator()
     cells = normal(
         BATCH, TOKENS // 4, CHANNELS, generator=generator, dtype=setup.dtype, device=setup.device

@@ -6,43 +6,16 @@
 // third reading (centred products, writing) come from the caches. Contiguous planes are read and written 16 bytes at a
 // time. Sums are trees of fixed shape over the threads of a block, without atomics, so the same bits come out every
 // time.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
+#include "device.h"
 #include "transfuse/adain_layout.h"
 
 namespace transfuse {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kBlocks = 2;      // per multiprocessor at least: registers enough that nothing spills
 constexpr int kTile = 32;       // neighbouring planes per block
 constexpr int kMinColumns = 8;  // fewer are taken one by one
-constexpr int kPackBytes = 16;
-
-template <class M>
-struct Arithmetic {
-  using A = float;
-};
-template <>
-struct Arithmetic<double> {
-  using A = double;
-};
-
-__device__ inline float widen(float x) { return x; }
-__device__ inline double widen(double x) { return x; }
-__device__ inline float widen(__half x) { return __half2float(x); }
-__device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ inline void narrow(float x, float* p) { *p = x; }
-__device__ inline void narrow(double x, double* p) { *p = x; }
-__device__ inline void narrow(float x, __half* p) { *p = __float2half_rn(x); }
-__device__ inline void narrow(float x, __nv_bfloat16* p) { *p = __float2bfloat16_rn(x); }
-
-template <class M>
-struct alignas(kPackBytes) Pack {
-  static constexpr int kSize = kPackBytes / (int)sizeof(M);
-  M v[kSize];
-};
 
 // The planes of one block: column `column` of the slab, rows shared out over `lanes` threads each.
 struct Place {
@@ -209,7 +182,7 @@ struct Launch {
 
 // Moments of all style planes, by index.
 template <class M, int N>
-__global__ void __launch_bounds__(kThreads) moments_kernel(const AdainLayout g, AdainMoments* out) {
+__global__ void __launch_bounds__(kThreads, kBlocks) moments_kernel(const AdainLayout g, AdainMoments* out) {
   __shared__ double memory[kThreads];
   for (int64_t i = blockIdx.x; i < g.slabs; i += gridDim.x) {
     const AdainSlab s = adain_slab(g, i);
@@ -220,7 +193,7 @@ __global__ void __launch_bounds__(kThreads) moments_kernel(const AdainLayout g, 
 }
 
 template <class M, int N>
-__global__ void __launch_bounds__(kThreads) content_kernel(const Launch launch, const AdainMoments* style) {
+__global__ void __launch_bounds__(kThreads, kBlocks) content_kernel(const Launch launch, const AdainMoments* style) {
   __shared__ double memory[kThreads];
   __shared__ AdainCoefficients rules[kTile];
   const AdainLayout& g = launch.layout;
@@ -250,7 +223,7 @@ struct Repeats {
 };
 
 template <class M, int N>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     style_kernel(const Launch launch, const AdainMoments* moments, const Repeats repeats) {
   const AdainLayout& g = launch.layout;
   __shared__ AdainCoefficients rules[kTile];
@@ -303,19 +276,19 @@ Repeats find_repeats(const AdainArgs& args) {
   return r;
 }
 
-int grid_of(const AdainLayout& g) { return (int)(g.slabs < 0x7fffffff ? g.slabs : 0x7fffffff); }
-
 template <class M, int NX, int NY>
 cudaError_t launch_typed(AdainDirection direction, const AdainArgs& args, AdainMoments* moments, AdainShare* shares,
                          cudaStream_t stream) {
   const AdainLayout content = adain_layout(args, true, direction, kMinColumns, kTile);
   const AdainLayout style = adain_layout(args, false, direction, kMinColumns, kTile);
-  moments_kernel<M, NY><<<grid_of(style), kThreads, 0, stream>>>(style, moments);
-  content_kernel<M, NX><<<grid_of(content), kThreads, 0, stream>>>({content, direction, args.eps, shares}, moments);
-  if (shares != nullptr)
-    style_kernel<M, NY>
-        <<<grid_of(style), kThreads, 0, stream>>>({style, direction, args.eps, shares}, moments, find_repeats(args));
-  return cudaGetLastError();
+  cudaError_t error = launch(moments_kernel<M, NY>, style.slabs, kThreads, stream, style, moments);
+  if (error == cudaSuccess)
+    error = launch(content_kernel<M, NX>, content.slabs, kThreads, stream, Launch{content, direction, args.eps, shares},
+                   moments);
+  if (error == cudaSuccess && shares != nullptr)
+    error = launch(style_kernel<M, NY>, style.slabs, kThreads, stream, Launch{style, direction, args.eps, shares},
+                   moments, find_repeats(args));
+  return error;
 }
 
 template <class M>
@@ -336,14 +309,8 @@ const char* adain_cuda(AdainDirection direction, const AdainArgs& args, void* mo
   auto* m = static_cast<AdainMoments*>(moments);
   auto* s = static_cast<AdainShare*>(shares);
   const auto on = static_cast<cudaStream_t>(stream);
-  cudaError_t error = cudaErrorInvalidValue;
-  switch (args.dtype) {
-    case DType::f32: error = launch_direction<float>(direction, args, m, s, on); break;
-    case DType::f64: error = launch_direction<double>(direction, args, m, s, on); break;
-    case DType::bf16: error = launch_direction<__nv_bfloat16>(direction, args, m, s, on); break;
-    case DType::f16: error = launch_direction<__half>(direction, args, m, s, on); break;
-  }
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return message_of(with_storage(
+      args.dtype, [&](auto number) { return launch_direction<decltype(number)>(direction, args, m, s, on); }));
 }
 
 }  // namespace transfuse

@@ -60,15 +60,20 @@ inline void check_shape(const Tensor& t, const std::vector<int64_t>& want, const
   STD_TORCH_CHECK(false, name, " must have shape (", expected, "), got (", got, ")");
 }
 
-// A view of a tensor whose shape has been checked; up to four axes, right-padded with stride 0.
-inline View view_of(const Tensor& t, const char* name) {
+// A view of a tensor of any device whose shape has been checked; up to four axes, right-padded with stride 0.
+inline View strided_view(const Tensor& t, const char* name) {
   View v;
   v.dtype = t.scalar_type() == ScalarType::Bool ? DType::f32 : dtype_of(t, name);
-  STD_TORCH_CHECK(t.is_cpu(), name, " must be a CPU tensor");
   STD_TORCH_CHECK(t.dim() <= 4, name, " must have at most 4 axes");
   v.ptr = t.const_data_ptr();
   for (int64_t i = 0; i < t.dim(); ++i) v.stride[i] = t.stride(i);
   return v;
+}
+
+// The same of a CPU tensor.
+inline View view_of(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.is_cpu(), name, " must be a CPU tensor");
+  return strided_view(t, name);
 }
 
 // A view of a tensor each of whose axes is full or 1; axes of 1 broadcast with stride 0.

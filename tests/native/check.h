@@ -142,7 +142,7 @@ inline double load_as(DType t, const void* base, int64_t at) {
 // ---- arrays -------------------------------------------------------------------------------------------------------
 
 // Where elements of a (batch, head, token, channel) array lie.
-enum class Layout { heads_first, tokens_first, spread, channels_strided, offset };
+enum class Layout { heads_first, tokens_first, spread, channels_strided, offset, padded_rows };
 
 // Up to four axes in memory that ends with the last element. What lies between elements is NaN, and must stay it.
 class Array {
@@ -161,6 +161,7 @@ class Array {
       stride_[d] = d < (int)broadcast.size() && broadcast[(size_t)d] ? 0 : step;
       step *= held[d] > 0 ? held[d] : 1;
       if (layout == Layout::spread && d != 0) step += 3;
+      if (layout == Layout::padded_rows && d == 2) step += 3;
     }
     if (layout == Layout::offset) offset_ = 5;
     count_ = offset_ + 1;

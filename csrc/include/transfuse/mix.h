@@ -38,4 +38,11 @@ struct MixKernels {
 // The kernels of the ISA level in use (see isa.h).
 const MixKernels& mix_kernels();
 
+// The CUDA kernels, in a library of their own. Pointers of inputs, outputs, products and `partials` are device memory,
+// and so are the coefficients unless `numbers`: then they are the host's, read before this returns. `partials` holds
+// mix_cuda_partials doubles; `stream` is a cudaStream_t of the current device. Returns the message of an error, or
+// nullptr.
+int64_t mix_cuda_partials(const MixArgs&);
+const char* mix_cuda(const MixArgs&, bool numbers, double* partials, void* stream);
+
 }  // namespace transfuse

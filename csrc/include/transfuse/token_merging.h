@@ -85,4 +85,14 @@ struct TokenMergingKernels {
 
 const TokenMergingKernels& token_merging_kernels();
 
+// The CUDA kernels, in a library of their own. Every pointer is device memory; `stream` is a cudaStream_t of the
+// current device. What names a token or row that does not exist becomes zeros (or stays, for push): to say so, the host
+// would have to wait. Each returns the message of an error, or nullptr.
+const char* merge_segments_cuda(const MergeArgs&, void* stream);
+const char* merge_amax_cuda(const MergeArgs&, void* stream);
+const char* merge_gather_cuda(const MergeArgs&, void* stream);
+const char* push_tokens_cuda(const PushArgs&, void* stream);
+// Without row_token and column_token. `inverse_norms`: room for batch x (rows + columns) statistics.
+const char* nearest_tokens_cuda(const NearestArgs&, void* inverse_norms, void* stream);
+
 }  // namespace transfuse

@@ -61,7 +61,7 @@ def mix(
         rows: per output its coefficients, one per input and one for the constant 1. Lists of one
             number per sample are for calls that :func:`read_at_once` allows.
         pairs: products wanted, as pairs of numbers of inputs.
-        backend: ``"cpu"`` or ``"triton"``.
+        backend: ``"cpu"``, ``"triton"`` or ``"cuda"``.
     """
     entries = [number for row in rows for number in row]
     if read_at_once(backend, (*inputs, *entries)):

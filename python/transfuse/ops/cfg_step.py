@@ -27,7 +27,7 @@ __all__ = [
     "cfg_step_with_original",
 ]
 
-_backend.declare("cfg_step", ("reference", "cpu", "triton"))
+_backend.declare("cfg_step", ("reference", "cpu", "triton", "cuda"))
 if _native.status().loaded:
     _mix_ops.register()
 
@@ -66,7 +66,8 @@ def cfg_step(
         rescale: share r in [0, 1] of the rescaled prediction, which has the deviation of cond.
         prediction: what the model predicts: ``"epsilon"``, ``"v_prediction"`` or ``"sample"``.
         noise: standard normal numbers, for an update that adds noise (eta > 0, DDPM).
-        backend: None, ``"reference"``, ``"cpu"`` or ``"triton"``; a named one never falls back.
+        backend: None, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``; a named one never
+            falls back.
 
     Returns:
         The next latent, in the shape and dtype of cond.

@@ -12,7 +12,7 @@ from transfuse.ops._sampler_updates import sample_numbers
 
 __all__ = ["NoisyVelocity", "noise_mix", "noise_mix_with_velocity"]
 
-_backend.declare("noise_mix", ("reference", "cpu", "triton"))
+_backend.declare("noise_mix", ("reference", "cpu", "triton", "cuda"))
 if _native.status().loaded:
     _mix_ops.register()
 
@@ -35,7 +35,8 @@ def noise_mix(
         alpha: signal coefficient, a number or a tensor (B,): the root of the cumulative alpha on a
             variance-preserving schedule, 1 on a variance-exploding one, 1 - t in flow matching.
         sigma: noise coefficient, a number or a tensor (B,).
-        backend: None, ``"reference"``, ``"cpu"`` or ``"triton"``; a named one never falls back.
+        backend: None, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``; a named one never
+            falls back.
 
     Returns:
         Shape and dtype of sample.

@@ -33,9 +33,8 @@ __all__ = [
     "unmerge_tokens",
 ]
 
-for _name in ("nearest_tokens", "merge_tokens", "unmerge_tokens", "push_tokens"):
-    _backend.declare(_name, ("reference", "cpu", "triton"))
-_backend.declare("match_tokens", ("reference", "cpu", "triton"))
+for _name in ("nearest_tokens", "match_tokens", "merge_tokens", "unmerge_tokens", "push_tokens"):
+    _backend.declare(_name, ("reference", "cpu", "triton", "cuda"))
 if _native.status().loaded:
     _token_merging_ops.register()
 
@@ -74,7 +73,8 @@ def nearest_tokens(
         reference: (B or 1, M, C), same dtype and device.
         mask: (M,), (1, M) or (B, M) bool, True where a reference token may be chosen.
         exclude_self: token i may not choose reference i (M = N), for neighbours within one set.
-        backend: None, ``"reference"``, ``"cpu"`` or ``"triton"``; a named one never falls back.
+        backend: None, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``; a named one never
+            falls back.
 
     Returns:
         ``Nearest(similarity, index)``, both (B, N): float32 (float64 for float64), and int64. A
@@ -151,7 +151,8 @@ def match_tokens(
             against the limit whether or not they are sources.
         generator: draws the destination of each cell, the same for the whole batch; torch's global
             generators are never used.
-        backend: None, ``"reference"``, ``"cpu"`` or ``"triton"``; a named one never falls back.
+        backend: None, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``; a named one never
+            falls back.
 
     Returns:
         A :class:`MergePlan` with N - merged rows: protected tokens, unmerged sources, destinations,
@@ -226,7 +227,8 @@ def merge_tokens(
             ``"prune"`` (merged tokens are dropped).
         weight: (B or 1, N) weights for ``"mean"`` and ``"sum"``, dtype of x or float32: the number
             of patches a token stands for. None: 1 each. Rows of total weight 0 become 0.
-        backend: None, ``"reference"``, ``"cpu"`` or ``"triton"``; a named one never falls back.
+        backend: None, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``; a named one never
+            falls back.
 
     Returns:
         (B, R, C) in the dtype of x, contiguous.
@@ -280,7 +282,8 @@ def unmerge_tokens(y: Tensor, plan: MergePlan, *, backend: str | None = None) ->
     Args:
         y: (B, R, C) merged tokens, or what was made of them; any strides.
         plan: the plan they were merged by; one of batch size 1 serves every batch entry.
-        backend: None, ``"reference"``, ``"cpu"`` or ``"triton"``; a named one never falls back.
+        backend: None, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``; a named one never
+            falls back.
 
     Returns:
         (B, N, C) in the dtype of y, contiguous.
@@ -326,7 +329,8 @@ def push_tokens(
         alpha: strength; negative numbers pull.
         threshold: cosine in [-1, 1] that must be exceeded.
         mask: (M,), (1, M) or (B, M) bool, True where a reference token may be chosen.
-        backend: None, ``"reference"``, ``"cpu"`` or ``"triton"``; a named one never falls back.
+        backend: None, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``; a named one never
+            falls back.
 
     Returns:
         Shape and dtype of x. Tokens that are not pushed are the same bits.

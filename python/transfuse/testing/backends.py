@@ -15,6 +15,11 @@ def device_of(backend: str) -> torch.device:
     return torch.device("cuda" if backend in ON_CUDA else "cpu")
 
 
+def native(backend: str) -> bool:
+    """Whether a backend is behind the registered C++ ops, whose kernel the device decides."""
+    return backend in ("cpu", "cuda")
+
+
 def unavailable(spec: OpSpec, backend: str, dtype: torch.dtype) -> str | None:
     """Why a backend cannot run here for a dtype; None if it can."""
     device = device_of(backend)

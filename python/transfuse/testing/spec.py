@@ -95,6 +95,17 @@ class RawCall:
     args: tuple[object, ...]
     kwargs: Mapping[str, object] = field(default_factory=dict)
 
+    def on(self, device: torch.device) -> RawCall:
+        """The same call with its tensors on a device; leaves stay leaves."""
+
+        def move(value: object) -> object:
+            if isinstance(value, Tensor):
+                return value.detach().to(device).requires_grad_(value.requires_grad)
+            return [move(entry) for entry in value] if isinstance(value, list) else value
+
+        kwargs = {name: move(value) for name, value in self.kwargs.items()}
+        return RawCall(self.name, self.op, tuple(move(value) for value in self.args), kwargs)
+
 
 @dataclass(frozen=True, kw_only=True)
 class OpSpec:

@@ -9,6 +9,7 @@ import torch
 
 from transfuse.ops import adain
 from transfuse.ops._adain_reference import adain_reference
+from transfuse.testing.backends import device_of, native
 from transfuse.testing.spec import BadCase, CallArgs, Case, OpSpec, RawCall, Tensors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -221,7 +222,7 @@ _ERRORS = (
 
 def _raw_calls(backend: str) -> tuple[RawCall, ...]:
     """The registered C++ ops, with and without gradients."""
-    if backend != "cpu":
+    if not native(backend):
         return ()
     generator = torch.Generator().manual_seed(0)
 
@@ -263,7 +264,7 @@ def _raw_calls(backend: str) -> tuple[RawCall, ...]:
             ),
         ),
     ]
-    return tuple(calls)
+    return tuple(call.on(device_of(backend)) for call in calls)
 
 
 def _bytes(args: CallArgs) -> int:

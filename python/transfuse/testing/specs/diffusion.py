@@ -28,6 +28,7 @@ from transfuse.ops._noise_mix_reference import (
     noise_mix_reference,
     noise_mix_with_velocity_reference,
 )
+from transfuse.testing.backends import device_of, native
 from transfuse.testing.spec import BadCase, CallArgs, Case, OpSpec, RawCall, Tensors
 from transfuse.testing.specs._diffusion_errors import (
     CFG_ERRORS,
@@ -37,7 +38,7 @@ from transfuse.testing.specs._diffusion_errors import (
 )
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-BACKENDS = ("reference", "cpu", "triton")
+BACKENDS = ("reference", "cpu", "triton", "cuda")
 REFUSES = {
     "batched backward": "Batching rule not implemented",
     "compile, func.grad": "do not support torch.func transforms",
@@ -237,7 +238,7 @@ def _fuzz(choose: Callable[[Sequence[object]], object]) -> Case:
 
 def _raw_calls(backend: str) -> tuple[RawCall, ...]:
     """The registered C++ op, with shared and own coefficients, with and without gradients."""
-    if backend != "cpu":
+    if not native(backend):
         return ()
     generator = torch.Generator().manual_seed(0)
     calls = []
@@ -251,7 +252,7 @@ def _raw_calls(backend: str) -> tuple[RawCall, ...]:
             RawCall(f"both, {kind}", op, ([x, y], own[:1].detach(), [], 2, [0, 1, 1, 1, 0, 2])),
             RawCall(f"products, {kind}", op, ([x, y], None, [], 0, [0, 1])),
         ]
-    return tuple(calls)
+    return tuple(call.on(device_of(backend)) for call in calls)
 
 
 def _inputs(args: CallArgs) -> list[torch.Tensor]:

@@ -18,11 +18,12 @@ from transfuse.ops import (
     push_tokens,
     unmerge_tokens,
 )
+from transfuse.testing.backends import device_of, native
 from transfuse.testing.spec import CallArgs, Case, OpSpec, RawCall, Tensors
 from transfuse.testing.specs import _token_merging_errors as errors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-BACKENDS = ("reference", "cpu", "triton")
+BACKENDS = ("reference", "cpu", "triton", "cuda")
 REFUSES = {
     "jvp of jvp": "one more forward-mode derivative is not implemented",
     "batched backward": "Batching rule not implemented",
@@ -365,7 +366,7 @@ def _plan_of(shape: tuple[int, int, int]) -> MergePlan:
 
 
 def _raw_search(backend: str) -> tuple[RawCall, ...]:
-    if backend != "cpu":
+    if not native(backend):
         return ()
     generator = torch.Generator().manual_seed(0)
     op = torch.ops.transfuse.nearest_tokens
@@ -380,11 +381,11 @@ def _raw_search(backend: str) -> tuple[RawCall, ...]:
             RawCall(f"nearest, gradients {grad}", op, (x, reference, None, False)),
             RawCall(f"nearest with a mask, gradients {grad}", op, (x, reference, mask, False)),
         ]
-    return tuple(calls)
+    return tuple(call.on(device_of(backend)) for call in calls)
 
 
 def _raw_push(backend: str) -> tuple[RawCall, ...]:
-    if backend != "cpu":
+    if not native(backend):
         return ()
     generator = torch.Generator().manual_seed(0)
     calls = []
@@ -396,7 +397,7 @@ def _raw_push(backend: str) -> tuple[RawCall, ...]:
         found = nearest_tokens(x.detach(), reference.detach(), backend="reference")
         op = torch.ops.transfuse.push_tokens
         calls.append(RawCall(f"push, gradients {grad}", op, (x, reference, *found, 0.9, 0.3)))
-    return tuple(calls)
+    return tuple(call.on(device_of(backend)) for call in calls)
 
 
 def _raw_match(backend: str) -> tuple[RawCall, ...]:
@@ -411,7 +412,7 @@ def _raw_match(backend: str) -> tuple[RawCall, ...]:
 
 
 def _raw_merge(backend: str) -> tuple[RawCall, ...]:
-    if backend != "cpu":
+    if not native(backend):
         return ()
     generator = torch.Generator().manual_seed(0)
     plan = _plan_of((2, 9, 4))
@@ -425,11 +426,11 @@ def _raw_merge(backend: str) -> tuple[RawCall, ...]:
             RawCall(f"scaled, gradients {grad}", ops.merge_segments, (x, scale, *plan, 0)),
             RawCall(f"amax, gradients {grad}", ops.merge_amax, (x, *plan, True)),
         ]
-    return tuple(calls)
+    return tuple(call.on(device_of(backend)) for call in calls)
 
 
 def _raw_unmerge(backend: str) -> tuple[RawCall, ...]:
-    if backend != "cpu":
+    if not native(backend):
         return ()
     plan = _plan_of((2, 9, 4))
     generator = torch.Generator().manual_seed(0)
@@ -439,7 +440,7 @@ def _raw_unmerge(backend: str) -> tuple[RawCall, ...]:
         op = torch.ops.transfuse.merge_gather
         calls.append(RawCall(f"gather, gradients {grad}", op, (y, None, *plan, 0)))
         calls.append(RawCall(f"shares, gradients {grad}", op, (y, None, *plan, 1)))
-    return tuple(calls)
+    return tuple(call.on(device_of(backend)) for call in calls)
 
 
 SPECS = (

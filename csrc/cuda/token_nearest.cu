@@ -1,0 +1,175 @@
+// Cosine nearest neighbours on CUDA (see token_merging.h): the tile loop of a matrix product with a running maximum
+// and its lowest index in place of the result. No score reaches memory, and every row is one block's alone.
+//
+// Products are of CUDA cores in float32 (float64 for float64), vectors normalised as they are loaded, as on the CPU:
+// what is equal stays equal. With 16-bit numbers Triton's kernel, which uses tensor cores, has the higher ceiling.
+#include <type_traits>
+
+#include "device.h"
+#include "transfuse/token_merging.h"
+
+namespace transfuse {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kRows = 64, kColumns = 128, kDepth = 16;  // of a tile
+constexpr int kOwnRows = 4, kQuad = 4, kQuads = 2;      // of a thread: 4 rows, and 4 columns at 2 places
+constexpr int kAcross = kColumns / (kQuad * kQuads);    // threads side by side: half a warp
+static_assert(kAcross * (kRows / kOwnRows) == kThreads && kAcross == kWarp / 2, "threads cover a tile");
+
+template <class A>
+__device__ inline A root(A x) {
+  return sqrt(x);
+}
+
+// 1 / |row|; 0 for one that counts as zero. NaN gives 0 too: 0 * NaN is NaN, so the row stays visible.
+template <class M>
+__global__ void __launch_bounds__(kThreads)
+    norms_kernel(const View v, int64_t batch, int64_t tokens, int64_t depth, typename Arithmetic<M>::A* inverse) {
+  using A = typename Arithmetic<M>::A;
+  const int lane = (int)threadIdx.x % kWarp, own = (int)threadIdx.x / kWarp;
+  for (int64_t first = (int64_t)blockIdx.x * (kThreads / kWarp); first < batch * tokens;
+       first += (int64_t)gridDim.x * (kThreads / kWarp)) {
+    const int64_t row = first + own;
+    const bool live = row < batch * tokens;
+    A sum = A(0);
+    if (live) {
+      const M* p = static_cast<const M*>(v.ptr) + row / tokens * v.stride[0] + row % tokens * v.stride[1];
+      for (int64_t c = lane; c < depth; c += kWarp) {
+        const A x = widen(p[c * v.stride[2]]);
+        sum += x * x;
+      }
+    }
+    for (int step = kWarp / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+    const A norm = root(sum);
+    if (live && lane == 0) inverse[row] = norm > (A)kMergeSmallestNorm ? A(1) / norm : A(0);
+  }
+}
+
+template <class A>
+struct Search {
+  NearestArgs args;
+  const A *row_inverse, *column_inverse;
+  int64_t column_inverse_stride;  // between batch entries
+  int64_t tiles;                  // of rows, per batch entry
+};
+
+// kCount rows of one operand and kDepth channels from `c` on, normalised, channel by channel; zero where nothing is.
+template <class M, int kCount, class A>
+__device__ inline void load_tile(const View& v, int64_t b, int64_t first, int64_t count, int64_t c, int64_t depth,
+                                 const A* inverse, A (*tile)[kCount + kQuad]) {
+  const int channel = (int)threadIdx.x % kDepth;
+  for (int r = (int)threadIdx.x / kDepth; r < kCount; r += kThreads / kDepth) {
+    const int64_t token = first + r;
+    A x = A(0);
+    if (token < count && c + channel < depth)
+      x = widen(static_cast<const M*>(v.ptr)[b * v.stride[0] + token * v.stride[1] + (c + channel) * v.stride[2]]) *
+          inverse[token];
+    tile[channel][r] = x;
+  }
+}
+
+template <class M>
+__global__ void __launch_bounds__(kThreads) nearest_kernel(const Search<typename Arithmetic<M>::A> g) {
+  using A = typename Arithmetic<M>::A;
+  __shared__ A rows[kDepth][kRows + kQuad], columns[kDepth][kColumns + kQuad];
+  const NearestArgs& n = g.args;
+  const int across = (int)threadIdx.x % kAcross, down = (int)threadIdx.x / kAcross;
+  for (int64_t block = blockIdx.x; block < n.batch * g.tiles; block += gridDim.x) {
+    const int64_t b = block / g.tiles, i0 = block % g.tiles * kRows;
+    const A* row_inverse = g.row_inverse + b * n.rows;
+    const A* column_inverse = g.column_inverse + b * g.column_inverse_stride;
+    A best[kOwnRows];
+    int64_t found[kOwnRows], allowed[kOwnRows];  // column of the best, and the first that may be chosen; -1: none
+    for (int r = 0; r < kOwnRows; ++r) {
+      best[r] = -(A)INFINITY;
+      found[r] = allowed[r] = -1;
+    }
+    for (int64_t j0 = 0; j0 < n.columns; j0 += kColumns) {
+      A score[kOwnRows][kQuads * kQuad] = {};
+      for (int64_t c = 0; c < n.depth; c += kDepth) {
+        __syncthreads();
+        load_tile<M, kRows>(n.x, b, i0, n.rows, c, n.depth, row_inverse, rows);
+        load_tile<M, kColumns>(n.reference, b, j0, n.columns, c, n.depth, column_inverse, columns);
+        __syncthreads();
+#pragma unroll
+        for (int d = 0; d < kDepth; ++d) {
+          A x[kOwnRows], y[kQuads * kQuad];
+#pragma unroll
+          for (int r = 0; r < kOwnRows; ++r) x[r] = rows[d][down * kOwnRows + r];
+#pragma unroll
+          for (int q = 0; q < kQuads; ++q)
+#pragma unroll
+            for (int i = 0; i < kQuad; ++i) y[q * kQuad + i] = columns[d][q * (kColumns / kQuads) + across * kQuad + i];
+#pragma unroll
+          for (int r = 0; r < kOwnRows; ++r)
+#pragma unroll
+            for (int i = 0; i < kQuads * kQuad; ++i) score[r][i] += x[r] * y[i];
+        }
+      }
+      // In ascending order, and only what is larger: ties stay with the lowest, and a NaN never wins.
+#pragma unroll
+      for (int i = 0; i < kQuads * kQuad; ++i) {
+        const int64_t j = j0 + i / kQuad * (kColumns / kQuads) + across * kQuad + i % kQuad;
+        if (j >= n.columns || (n.mask != nullptr && n.mask[b * n.mask_stride[0] + j * n.mask_stride[1]] == 0)) continue;
+#pragma unroll
+        for (int r = 0; r < kOwnRows; ++r) {
+          if (n.exclude_self && i0 + down * kOwnRows + r == j) continue;
+          if (allowed[r] < 0) allowed[r] = j;
+          if (score[r][i] > best[r]) {
+            best[r] = score[r][i];
+            found[r] = j;
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kOwnRows; ++r) {
+      for (int step = kAcross / 2; step > 0; step /= 2) {
+        const A other = __shfl_xor_sync(0xffffffffu, best[r], step);
+        const int64_t at = __shfl_xor_sync(0xffffffffu, found[r], step);
+        const int64_t may = __shfl_xor_sync(0xffffffffu, allowed[r], step);
+        if (at >= 0 && (found[r] < 0 || other > best[r] || (other == best[r] && at < found[r]))) {
+          best[r] = other;
+          found[r] = at;
+        }
+        if (may >= 0 && (allowed[r] < 0 || may < allowed[r])) allowed[r] = may;
+      }
+      const int64_t i = i0 + down * kOwnRows + r;
+      if (across != 0 || i >= n.rows) continue;
+      // Without a winner: nothing was allowed, or all that was is NaN.
+      const bool none = found[r] < 0, nan = none && allowed[r] >= 0;
+      static_cast<A*>(n.similarity)[b * n.rows + i] = nan ? (A)NAN : best[r];
+      n.index[b * n.rows + i] = none ? allowed[r] : found[r];
+    }
+  }
+}
+
+template <class M>
+cudaError_t search(const NearestArgs& args, typename Arithmetic<M>::A* inverse, cudaStream_t stream) {
+  using A = typename Arithmetic<M>::A;
+  const bool shared = args.reference.stride[0] == 0;
+  const int64_t references = shared ? 1 : args.batch;
+  A* const column_inverse = inverse + args.batch * args.rows;
+  const auto blocks = [](int64_t rows) { return (rows + kThreads / kWarp - 1) / (kThreads / kWarp); };
+  cudaError_t error = launch(norms_kernel<M>, blocks(args.batch * args.rows), kThreads, stream, args.x, args.batch,
+                             args.rows, args.depth, inverse);
+  if (error == cudaSuccess && args.columns > 0)
+    error = launch(norms_kernel<M>, blocks(references * args.columns), kThreads, stream, args.reference, references,
+                   args.columns, args.depth, column_inverse);
+  const int64_t tiles = (args.rows + kRows - 1) / kRows;
+  const Search<A> g{args, inverse, column_inverse, shared ? 0 : args.columns, tiles};
+  return error == cudaSuccess ? launch(nearest_kernel<M>, args.batch * tiles, kThreads, stream, g) : error;
+}
+
+}  // namespace
+
+const char* nearest_tokens_cuda(const NearestArgs& args, void* inverse_norms, void* stream) {
+  if (args.batch == 0 || args.rows == 0) return nullptr;
+  return message_of(with_storage(args.dtype, [&](auto number) {
+    using M = decltype(number);
+    return search<M>(args, static_cast<typename Arithmetic<M>::A*>(inverse_norms), static_cast<cudaStream_t>(stream));
+  }));
+}
+
+}  // namespace transfuse
