@@ -233,6 +233,30 @@ struct Bits16 {
   }
 };
 
+// Whether any lane is not 0.
+TRANSFUSE_INLINE bool any_lane(VecI v) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)v, (__m512i)v) != 0;
+#elif defined(__AVX2__)
+  return _mm256_testz_si256((__m256i)v, (__m256i)v) == 0;
+#else
+  int32_t lanes[sizeof(VecI) / 4], found = 0;
+  store(lanes, v);
+  for (const int32_t lane : lanes) found |= lane;
+  return found != 0;
+#endif
+}
+
+// Whether any of W numbers, |x| shifted down, is the prefix.
+TRANSFUSE_INLINE bool any_has(Bits32, const void* p, int64_t i, int above, uint32_t prefix) {
+  const VecU w = load<VecU>(static_cast<const uint32_t*>(p) + i) & 0x7fffffffu;
+  return any_lane((VecI)((w >> above) == prefix));
+}
+template <class B>
+TRANSFUSE_INLINE bool any_has(B, const void*, int64_t, int, typename B::Word) {
+  return true;
+}
+
 constexpr int kDigit = 11;         // bits counted at a time: two histograms lie in the first-level cache
 constexpr int64_t kCounters = 64;  // histograms, each of a run of chunks: fixed by sizes, like everything here
 
@@ -260,22 +284,26 @@ typename B::Word select_bits(const SelectArgs& args, const Parallel& parallel) {
         const void* p = args.x[chunk.block].ptr;
         std::fill(bins.begin(), bins.end(), 0u);
         if (above == B::kBits) {
-          for (int64_t i = 0; i < chunk.count; ++i)
-            ++bins[(size_t)((i & 1) * kBins) + (size_t)(B::of(p, chunk.begin + i) >> shift)];
+          uint32_t *even = bins.data(), *odd = even + kBins;
+          const int64_t end = chunk.begin + chunk.count;
+          int64_t i = chunk.begin;
+          for (; i + 4 <= end; i += 4) {
+            const Word w0 = B::of(p, i), w1 = B::of(p, i + 1), w2 = B::of(p, i + 2), w3 = B::of(p, i + 3);
+            ++even[w0 >> shift], ++odd[w1 >> shift], ++even[w2 >> shift], ++odd[w3 >> shift];
+          }
+          for (; i < end; ++i) ++even[B::of(p, i) >> shift];
         } else {
-          // Few numbers have the digits found so far: eight at a time are passed over, in vectors.
+          // Few numbers have the digits found so far: a vector at a time is passed over.
+          constexpr int W = Simd<float>::W;
           const auto count_one = [&](int64_t i) {
             const Word w = B::of(p, i);
             if ((w >> above) == prefix) ++bins[(size_t)((w >> shift) & mask)];
           };
           const int64_t end = chunk.begin + chunk.count;
           int64_t i = chunk.begin;
-          for (; i + 8 <= end; i += 8) {
-            Word hits = 0;
-            for (int64_t l = 0; l < 8; ++l) hits |= (Word)((B::of(p, i + l) >> above) == prefix);
-            if (hits != 0)
-              for (int64_t l = 0; l < 8; ++l) count_one(i + l);
-          }
+          for (; i + W <= end; i += W)
+            if (any_has(B{}, p, i, above, prefix))
+              for (int64_t l = 0; l < W; ++l) count_one(i + l);
           for (; i < end; ++i) count_one(i);
         }
         for (int64_t b = 0; b < kBins; ++b) own[b] += bins[(size_t)b] + (int64_t)bins[(size_t)(kBins + b)];
@@ -313,6 +341,39 @@ void run_select(const SelectArgs& args, const Parallel& parallel) {
 
 // ---- sign election ---------------------------------------------------------------------------------------------
 
+// sum += x where |x| is not below the least (NaN is kept, and shows)
+template <class T>
+void add_trimmed(const T* x, T least, int64_t n, T* sum) {
+  using V = typename Simd<T>::V;
+  constexpr int W = Simd<T>::W;
+  int64_t i = 0;
+  for (; i + W <= n; i += W) {
+    const V v = load<V>(x + i), a = v < 0 ? -v : v;
+    store(sum + i, load<V>(sum + i) + (a < splat<T>(least) ? V{} : v));
+  }
+  for (; i < n; ++i) sum[i] += (x[i] < T(0) ? -x[i] : x[i]) < least ? T(0) : x[i];
+}
+
+// Adds, and counts, the trimmed numbers of a sign.
+template <class T>
+void add_agreeing(const T* x, T least, const T* sign, int64_t n, T* sum, T* count) {
+  using V = typename Simd<T>::V;
+  constexpr int W = Simd<T>::W;
+  const V one = splat<T>(T(1));
+  int64_t i = 0;
+  for (; i + W <= n; i += W) {
+    const V v = load<V>(x + i), along = v * load<V>(sign + i), a = v < 0 ? -v : v;
+    const auto agrees = (a >= splat<T>(least)) & (along > 0);
+    store(sum + i, load<V>(sum + i) + (agrees ? v : V{}));
+    store(count + i, load<V>(count + i) + (agrees ? one : V{}));
+  }
+  for (; i < n; ++i) {
+    const bool agrees = (x[i] < T(0) ? -x[i] : x[i]) >= least && x[i] * sign[i] > T(0);
+    sum[i] += agrees ? x[i] : T(0);
+    count[i] += agrees ? T(1) : T(0);
+  }
+}
+
 template <class T>
 void elect_chunk(const ElectArgs& args, const Chunk& chunk) {
   char* scratch = static_cast<char*>(
@@ -324,13 +385,8 @@ void elect_chunk(const ElectArgs& args, const Chunk& chunk) {
   each_piece(chunk, kGramPiece, [&](int64_t begin, int64_t n) {
     for (int64_t i = 0; i < n; ++i) sum[i] = T(0);
     for (int k = 0; k < args.lists; ++k) {
-      const T least = (T)args.thresholds[k];
       x[k] = fetch<T>(args.deltas[k * args.blocks + chunk.block], begin, n, room + k * kGramPiece);
-      // NaN is kept, and shows.
-      for (int64_t i = 0; i < n; ++i) {
-        const T v = x[k][i], a = v < T(0) ? -v : v;
-        sum[i] += a < least ? T(0) : v;
-      }
+      add_trimmed(x[k], (T)args.thresholds[k], n, sum);
     }
     const T* from = args.base == nullptr ? nullptr : fetch<T>(args.base[chunk.block], begin, n, base);
     T out[kGramPiece];
@@ -339,16 +395,7 @@ void elect_chunk(const ElectArgs& args, const Chunk& chunk) {
       count[i] = T(0);
       out[i] = T(0);
     }
-    for (int k = 0; k < args.lists; ++k) {
-      const T least = (T)args.thresholds[k];
-      const T* own = x[k];
-      for (int64_t i = 0; i < n; ++i) {
-        const T v = own[i], a = v < T(0) ? -v : v;
-        const bool agrees = (a >= least) & (v * sum[i] > T(0));
-        count[i] += agrees ? T(1) : T(0);
-        out[i] += agrees ? v : T(0);
-      }
-    }
+    for (int k = 0; k < args.lists; ++k) add_agreeing(x[k], (T)args.thresholds[k], sum, n, out, count);
     for (int64_t i = 0; i < n; ++i) {
       const T mean = count[i] > T(0) ? out[i] / count[i] : sum[i] * T(0);
       out[i] = (from == nullptr ? T(0) : from[i]) + scale * mean;

@@ -51,6 +51,22 @@ def test_files_are_merged_as_in_memory(files, tmp_path, monkeypatch):
     assert torch.equal(load_file(states[0])["a"], expected["a"])
 
 
+def test_a_tensor_is_read_once_for_its_values(files, tmp_path, monkeypatch):
+    states, fishers = files
+    reads = []
+    plain = LazyStateDict.__getitem__
+
+    def counted(self, name):
+        reads.append((self.path.name, name))
+        return plain(self, name)
+
+    monkeypatch.setattr(LazyStateDict, "__getitem__", counted)
+    merge_files(states, tmp_path / "out.safetensors", fishers)
+    for path, most in ((states[0], 1), (states[1], 1), (fishers[0], 2), (fishers[1], 2)):
+        for name in ("a", "b"):
+            assert reads.count((path.name, name)) == most, (path.name, name)
+
+
 def test_nothing_half_written(files, tmp_path):
     states, fishers = files
     out = tmp_path / "out.safetensors"

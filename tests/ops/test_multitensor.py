@@ -16,7 +16,9 @@ from transfuse.ops import (
     ties_merge,
     trim_largest,
 )
-from transfuse.ops._multitensor_reference import hashed_ids
+from transfuse.ops._multitensor_reference import hashed_ids, multi_dot_reference
+from transfuse.ops.ties import trim_largest_reference
+from transfuse.testing.specs import _multitensor_errors as errors
 
 BACKENDS = ["cpu", "reference"]
 SHAPES = ((40, 1000), (3,), (), (0, 2))
@@ -140,6 +142,33 @@ def test_products_agree_with_each_other():
     torch.testing.assert_close(absent[0, 0], multi_norm(one[1:]) ** 2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_inner_product(dtype):
+    xs, ys = lists(2, dtype)
+    found = multi_dot(xs, ys, backend="cpu")
+    exact = multi_dot_reference([x.double() for x in xs], [y.double() for y in ys])
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-3)
+    assert found.dtype == multi_dot_reference(xs, ys).dtype
+
+
+def test_inner_product_has_derivatives_of_any_order():
+    xs, ys = ([torch.randn(s, dtype=torch.float64) for s in ((2, 3), ())] for _ in range(2))
+    inputs = [t.requires_grad_() for t in (*xs, *ys)]
+
+    def call(*tensors):
+        return multi_dot(tensors[:2], tensors[2:], backend="cpu") ** 2
+
+    assert torch.autograd.gradcheck(call, inputs, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(call, inputs)
+
+
+@pytest.mark.parametrize("bad", errors.DOT, ids=lambda bad: bad.name)
+def test_refused_products(bad):
+    for op in (multi_dot, multi_dot_reference):
+        with pytest.raises(bad.error, match=bad.match):
+            bad.call(op)
+
+
 # ---- weighted means ------------------------------------------------------------------------------
 
 
@@ -253,6 +282,15 @@ def test_trimming_of_equal_and_odd_numbers(backend):
     assert found[3].isnan()
     assert found[[0, 1, 4]].tolist() == [0.0, 0.0, 0.0]
     assert trim_largest([torch.zeros(0)], 0.5, backend=backend)[0].shape == (0,)
+
+
+@pytest.mark.parametrize("bad", errors.TRIM, ids=lambda bad: bad.name)
+def test_refused_trimming(bad):
+    for op in (trim_largest, trim_largest_reference):
+        with pytest.raises(bad.error, match=bad.match):
+            bad.call(op)
+    with pytest.raises(NotImplementedError, match="trim_largest: has no derivative"):
+        trim_largest([torch.ones(3, requires_grad=True)], 0.5)
 
 
 def test_ties_as_its_algorithm_is_written():

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from transfuse import _checks
 from transfuse.integrations._require import unusable
+from transfuse.methods.model_merging._state_dicts import peek
 
 __all__ = ["LazyStateDict", "merge_files", "write"]
 
@@ -32,6 +33,8 @@ _NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 
 
 class LazyStateDict(Mapping[str, Tensor]):
@@ -78,6 +81,17 @@ class LazyStateDict(Mapping[str, Tensor]):
         if name not in self._names:
             raise KeyError(name)
         return self._file.get_tensor(name)
+
+    def meta(self, name: str) -> Tensor:
+        """Shape and dtype of a tensor, on the meta device; only the header is looked at."""
+        if name not in self._names:
+            raise KeyError(name)
+        part = self._file.get_slice(name)
+        dtype = _DTYPES.get(part.get_dtype())
+        # A type this module does not know is told by reading it.
+        if dtype is None:
+            return self[name]
+        return torch.empty(part.get_shape(), dtype=dtype, device="meta")
 
     def __contains__(self, name: object) -> bool:
         return name in self._names
@@ -175,7 +189,7 @@ def _header(
         entries["__metadata__"] = {str(k): str(v) for k, v in metadata.items()}
     places, at = {}, 0
     for name in like:
-        tensor = like[name]
+        tensor = peek(like, name)
         if tensor.dtype not in _NAMES:
             raise TypeError(f"{name}: expected a dtype of the format, got {tensor.dtype}")
         size = tensor.numel() * tensor.element_size()

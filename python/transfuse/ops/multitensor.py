@@ -224,14 +224,7 @@ def multi_gram(lists: Sequence[Sequence[Tensor | None]], *, backend: str | None 
     if chosen != "cpu":
         return composed.grammed(found)
     if needs_derivative(known):
-        likes = [
-            next((t for t in parts if t is not None), None) for parts in zip(*found, strict=True)
-        ]
-        kept = [j for j, like in enumerate(likes) if like is not None]
-        rows = [
-            [torch.zeros_like(likes[j]) if part[j] is None else part[j] for j in kept]
-            for part in found
-        ]
+        rows = _without_none(found)
         products = torch.stack([_dots(row, rows, chosen).sum(1) for row in rows])
         return products.to(dtype)
     none = known[0].new_empty(0)
@@ -240,6 +233,16 @@ def multi_gram(lists: Sequence[Sequence[Tensor | None]], *, backend: str | None 
     ]
     flat = [none if t is None else t for part in found for t in part]
     return torch.ops.transfuse.multi_gram.default(flat, len(found), sizes).to(dtype)
+
+
+def _without_none(lists: list[list[Tensor | None]]) -> list[list[Tensor]]:
+    """Zeros where a tensor is absent; tensors that all lists lack are left out."""
+    columns = []
+    for parts in zip(*lists, strict=True):
+        like = next((t for t in parts if t is not None), None)
+        if like is not None:
+            columns.append([torch.zeros_like(like) if t is None else t for t in parts])
+    return [list(row) for row in zip(*columns, strict=True)]
 
 
 def _dots(xs: list[Tensor], lists: list[list[Tensor]], backend: str) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,12 @@ from transfuse.ops import lincomb
 
 Vectors = Sequence[TaskVector | LowRankTaskVector]
 _GRANULARITIES = ("block", "task")
+
+
+class _Held(NamedTuple):
+    model: nn.Module
+    vectors: tuple
+    base: dict[str, Tensor]
 
 
 class Composition(nn.Module):
@@ -57,6 +63,7 @@ class Composition(nn.Module):
     """
 
     active: Tensor
+    _held: _Held
 
     def __init__(
         self,
@@ -97,8 +104,7 @@ class Composition(nn.Module):
                 "expand them for partitions"
             )
         # Not registered: neither trained nor stored with the coefficients.
-        held = {"model": model, "vectors": tuple(vectors), "base": base}
-        object.__setattr__(self, "_held", held)
+        object.__setattr__(self, "_held", _Held(model, tuple(vectors), base))
         self._ids = self._checked_ids(partition)
         shape: tuple[int, ...] = (len(vectors),)
         if self.granularity != "task":
@@ -113,12 +119,12 @@ class Composition(nn.Module):
     @property
     def vectors(self) -> tuple:
         """The task vectors."""
-        return self._held["vectors"]
+        return self._held.vectors
 
     @property
     def model(self) -> nn.Module:
         """The pre-trained model."""
-        return self._held["model"]
+        return self._held.model
 
     def extra_repr(self) -> str:
         kind = "low-rank " if self.low_rank else ""
@@ -153,7 +159,7 @@ class Composition(nn.Module):
         return self._combined(with_base=True)
 
     def _combined(self, *, with_base: bool) -> dict[str, Tensor]:
-        base: dict[str, Tensor] = self._held["base"]
+        base = self._held.base
         table = self.coefficients()
         if table.dim() > 1 and self.moved != self.names:
             known = {n: j for j, n in enumerate(self.names)}
@@ -196,7 +202,7 @@ class Composition(nn.Module):
         model = self.model
         if not self.linearised:
             return torch.func.functional_call(model, self.parameters_at(), inputs)
-        base: dict[str, Tensor] = self._held["base"]
+        base = self._held.base
         start = {n: base[n].detach() for n in self.moved}
         if self.dtype is not None:
             start = {n: t.to(self.dtype) for n, t in start.items()}
@@ -204,7 +210,7 @@ class Composition(nn.Module):
         def at(params: dict[str, Tensor]) -> Any:
             return torch.func.functional_call(model, params, inputs)
 
-        value, slope = torch.func.jvp(at, (start,), (self.change(),))
+        value, slope = torch.func.jvp(at, (start,), (self.change(),))  # type: ignore[misc]
         return value + slope
 
     @torch.no_grad()

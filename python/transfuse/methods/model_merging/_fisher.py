@@ -186,7 +186,7 @@ def _add_batch(
     cotangents = _cotangents(log_p.detach(), mode, lambda: labels(batch), generator)
     layers = tape.usable(count)
     names = {id(p): name for name, p in model.named_parameters()}
-    rest = dict(model.named_parameters())
+    rest: dict[str, Tensor] = dict(model.named_parameters())
     if layers:
         outputs = [output for _, output in layers.values()]
         found = torch.autograd.grad(
@@ -272,7 +272,7 @@ def _add_per_example(
         return logits[0].to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
     def squares(example: Any, rows: Tensor) -> dict[str, Tensor]:
-        _, pull = torch.func.vjp(lambda params: log_p(params, example), own)
+        _, pull = torch.func.vjp(lambda params: log_p(params, example), own)  # type: ignore[misc]
         (found,) = torch.vmap(pull)(rows)
         return {name: g.square().sum(0) for name, g in found.items()}
 

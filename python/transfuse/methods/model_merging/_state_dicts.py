@@ -44,6 +44,12 @@ def check_states(name: str, states: object) -> list[Mapping[str, Tensor]]:
     return list(states)
 
 
+def peek(state: Mapping[str, Tensor], name: str) -> Tensor:
+    """Shape and dtype of a tensor: of a file without reading it, where the mapping can say."""
+    meta = getattr(state, "meta", None)
+    return state[name] if meta is None else meta(name)
+
+
 def chosen(names: Names) -> Callable[[str], bool]:
     """Whether a name is among the given ones."""
     if callable(names):
@@ -69,7 +75,7 @@ def plan(states: States, keep: Names, weighted: Callable[[str], bool]) -> Plan:
     found = Plan([], [], [])
     problems: list[str] = []
     for name in target:
-        tensor = target[name]
+        tensor = peek(target, name)
         if stays(name):
             found.kept.append(name)
             continue
@@ -93,7 +99,7 @@ def plan(states: States, keep: Names, weighted: Callable[[str], bool]) -> Plan:
             if name not in state:
                 problems.append(f"{name} is missing in states[{i}]")
                 continue
-            problems += _unlike(name, state[name], target[name], i)
+            problems += _unlike(name, peek(state, name), peek(target, name), i)
     refuse(problems)
     return found
 
@@ -148,7 +154,7 @@ def groups(names: Iterable[str], states: States) -> Iterator[list[str]]:
     held: list[str] = []
     numbers = 0
     for name in names:
-        size = states[0][name].numel() * len(states)
+        size = peek(states[0], name).numel() * len(states)
         if held and numbers + size > GROUP:
             yield held
             held, numbers = [], 0
@@ -166,7 +172,8 @@ class Tied:
 
     def original(self, name: str, tensor: Tensor) -> str:
         """The first name with this memory."""
-        if tensor.numel() == 0 or type(tensor) not in (Tensor, torch.nn.Parameter):
+        plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type != "meta"
+        if tensor.numel() == 0 or not plain:
             return name
         key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
         return self._known.setdefault(key, name)

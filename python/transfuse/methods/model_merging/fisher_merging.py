@@ -190,10 +190,12 @@ def _checked(states: States, fishers: Sequence[Mapping[str, Tensor]] | None, kee
             for name in names.merged:
                 if name not in fisher:
                     problems.append(f"{name} is missing in fishers[{k}]")
-                elif fisher[name].shape != found[0][name].shape:
+                    continue
+                shape = tuple(states_of.peek(fisher, name).shape)
+                wanted = tuple(states_of.peek(found[0], name).shape)
+                if shape != wanted:
                     problems.append(
-                        f"{name} in fishers[{k}] has shape {tuple(fisher[name].shape)}, in "
-                        f"states[0] {tuple(found[0][name].shape)}"
+                        f"{name} in fishers[{k}] has shape {shape}, in states[0] {wanted}"
                     )
             unknown = [n for n in fisher if n not in found[0]]
             problems += [f"{n} is in fishers[{k}] and not in states[0]" for n in unknown]
@@ -229,7 +231,7 @@ def _weights(call: _Call, tables: Tensor, normalize: bool) -> Tensor:
         squares = math.fsum(
             float(multi_norm([fisher[name].detach()])) ** 2
             for name in call.names.merged
-            if tied.original(name, call.states[0][name]) == name
+            if tied.original(name, states_of.peek(call.states[0], name)) == name
         )
         if not 0.0 < squares < math.inf and bool((tables[:, k] > 0).any()):
             raise ValueError(
@@ -256,7 +258,8 @@ def _items(
     tied, ready = Tied(), dict[str, list[Tensor]]()
     angle = _Angle(len(states))
     for part in states_of.groups(names.merged, states):
-        once = [n for n in part if tied.original(n, states[0][n]) == n]
+        first = {n: tied.original(n, states_of.peek(states[0], n)) for n in part}
+        once = [n for n in part if first[n] == n]
         if once:
             thetas = [[state[n].detach() for n in once] for state in states]
             angle.add(thetas)
@@ -275,7 +278,7 @@ def _items(
             for j, name in enumerate(once):
                 ready[name] = [row[j] for row in made]
         for name in part:
-            yield name, ready[tied.original(name, states[0][name])]
+            yield name, ready[first[name]]
         done += len(part)
         report(done)
         # Only dicts in memory have tied weights, whose result is wanted again.

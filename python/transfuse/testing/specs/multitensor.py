@@ -1,4 +1,8 @@
-"""Specs of the ops on lists of tensors."""
+"""Specs of the ops on lists of tensors.
+
+``multi_dot`` is a sum over the kernel that is the coefficient gradient of ``lincomb``, and
+``trim_largest`` is ``ties_merge`` of one list; ``tests/ops/test_multitensor.py`` has their own.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +14,18 @@ from torch import Tensor
 
 from transfuse.ops import (
     lincomb,
-    multi_dot,
     multi_gram,
     multi_norm,
     ratio_merge,
     ties_merge,
-    trim_largest,
 )
 from transfuse.ops._multitensor_reference import (
     lincomb_reference,
-    multi_dot_reference,
     multi_gram_reference,
     multi_norm_reference,
 )
 from transfuse.ops.ratio_merge import ratio_merge_reference
-from transfuse.ops.ties import ties_merge_reference, trim_largest_reference
+from transfuse.ops.ties import ties_merge_reference
 from transfuse.testing.spec import CallArgs, Case, OpSpec, RawCall, Tensors
 from transfuse.testing.specs import _multitensor_errors as errors
 
@@ -208,10 +209,6 @@ def _norm(order: float, scaled: bool = False) -> Callable[..., object]:
     return call
 
 
-def _dot(op, plan, tensors, options):
-    return op(*plan.lists(tensors), **options)
-
-
 def _gram(op, plan, tensors, options):
     return op(plan.lists(tensors), **options)
 
@@ -233,10 +230,6 @@ def _ratio(settings: int = 0, **given: object) -> Callable[..., object]:
 
 def _ties(op, plan, tensors, options):
     return op(plan.lists(tensors), density=0.4, scale=0.7, **plan.bases(tensors), **options)
-
-
-def _trim(op, plan, tensors, options):
-    return op(plan.lists(tensors)[0], 0.3, **options)
 
 
 def _named(table: dict[str, tuple[Lists, frozenset[str], Callable[..., object]]]) -> tuple:
@@ -293,22 +286,6 @@ SPECS = (
         refuses=_REFUSES,
     ),
     _spec(
-        multi_dot,
-        multi_dot_reference,
-        _named(
-            {
-                "one tensor": (Lists(SINGLE), TINY, _dot),
-                "small": (_TWO, TINY, _dot),
-                "large": (Lists(LARGE), AWKWARD, _dot),
-            }
-        ),
-        errors.DOT,
-        backends=("reference", "cpu"),
-        gradcheck=("one tensor",),
-        refuses=_REFUSES,
-        vanishing=_LINEAR,
-    ),
-    _spec(
         multi_gram,
         multi_gram_reference,
         _named(
@@ -349,15 +326,6 @@ SPECS = (
             }
         ),
         errors.TIES,
-        backends=("reference", "cpu"),
-        gradcheck=("small",),
-        underivable=_UNDERIVABLE,
-    ),
-    _spec(
-        trim_largest,
-        trim_largest_reference,
-        _named({"small": (_ONE, TINY, _trim), "large": (Lists(LARGE, count=1), AWKWARD, _trim)}),
-        errors.TRIM,
         backends=("reference", "cpu"),
         gradcheck=("small",),
         underivable=_UNDERIVABLE,
