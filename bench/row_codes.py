@@ -63,7 +63,7 @@ CASES = (
         name="plane-4096",
         title="joint entropy of 10 units on 4,096 samples (one layer and epoch of the plane)",
         make=_make(4096, 10),
-        targets=(Target(dtype="float32", bar=3.0, quick=7),),
+        targets=(Target(dtype="float32", bars={"eager": 3.0}, quick=7),),
         peers=("eager", "official"),
         quick_peers=("eager", "official"),
     ),

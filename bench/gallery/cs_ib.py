@@ -102,6 +102,7 @@ def draw(epochs: int):
     ):
         axis.bar([f"{b:g}" for b in BETAS], values, color="#1f77b4")
         axis.set_title(label, fontsize=9)
+    grid[0, -1].tick_params(labelbottom=False)
     grid[1, -1].set_xlabel("beta")
     return figure
 

@@ -56,9 +56,9 @@ def test_groups_are_those_of_a_direct_search(edges, wrap):
     _, index, counts = torch.unique(symbols, dim=0, return_inverse=True, return_counts=True)
     found = row_groups(x, edges, wrap=wrap)
     assert torch.equal(found.counts.sort().values, counts.sort().values)
-    pairs = torch.unique(torch.stack((found.index, index)), dim=1)
+    pairs = torch.unique(torch.stack((found.group, index)), dim=1)
     assert pairs.shape[1] == len(counts)
-    assert torch.equal(found.index.bincount(), found.counts)
+    assert torch.equal(found.group.bincount(), found.counts)
 
 
 def test_every_pattern_of_signs_is_told_apart():
@@ -76,19 +76,19 @@ def test_codes_that_share_half_their_bits(monkeypatch):
     codes = torch.tensor([[1, 5], [1, 4], [0, 9], [1, 5]])
     monkeypatch.setattr(module, "row_codes", lambda *a, **k: module.RowCodes(codes, 0))
     found = row_groups(torch.zeros(4, 1))
-    assert found.index[0] == found.index[3] != found.index[1]
+    assert found.group[0] == found.group[3] != found.group[1]
     assert found.counts.tolist() == [1, 1, 2]
 
 
 def test_zeros_and_edges():
     x = torch.tensor([[0.0], [-0.0], [-1.0], [1.0], [5.0], [-7.0]])
-    groups = row_groups(x).index
+    groups = row_groups(x).group
     assert groups[0] == groups[1]
-    cells = row_groups(x, torch.tensor([-1.0, 0.0, 1.0])).index
+    cells = row_groups(x, torch.tensor([-1.0, 0.0, 1.0])).group
     assert cells[3] == cells[4]
     assert cells[2] == cells[5]
     assert cells[0] != cells[2]
-    wrapped = row_groups(x, torch.tensor([-1.0, 0.0, 1.0]), wrap=True).index
+    wrapped = row_groups(x, torch.tensor([-1.0, 0.0, 1.0]), wrap=True).group
     assert wrapped[5] == wrapped[3]
 
 

@@ -120,14 +120,13 @@ def log_row_sums(
     """log sum_j prod_f k_f(x_i, y_j) of Gaussian kernels, (N,) float64, by log-sum-exp."""
 
     def of_rows(start: int, stop: int, *flat: Tensor) -> Tensor:
-        exponent = None
+        exponent = flat[0].new_zeros(())
         for i in range(0, len(flat), 3):
             x, y, h = flat[i : i + 3]
             centre = y.mean(0, keepdim=True).detach()
             x, y = x[start:stop] - centre, y - centre
             norms = x.square().sum(-1)[:, None] + y.square().sum(-1)
-            part = -0.5 * (norms - 2.0 * (x @ y.mT)).clamp_min(0.0) / h.square()
-            exponent = part if exponent is None else exponent + part
+            exponent = exponent - 0.5 * (norms - 2.0 * (x @ y.mT)).clamp_min(0.0) / h.square()
         return exponent.to(torch.float64).logsumexp(1)
 
     flat: list[Tensor] = []

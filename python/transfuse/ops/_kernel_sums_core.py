@@ -179,7 +179,8 @@ def _jvp(static: Static, tensors: Tensors, outputs: Tensors, tangents: Tensors) 
 
 
 def _vmap(static: Static, tensors: Tensors, dims, size):
-    folded, groups = [], 1
+    folded: list[Tensor | None] = []
+    groups = 1
     for t, dim in zip(tensors, dims, strict=True):
         if t is None:
             folded.append(None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -75,10 +76,8 @@ def _sums(
         kernels = [torch.where(same, 0.0, k) for k in kernels]
     found = []
     for mask in plan.products:
-        product = None
-        for f, k in enumerate(kernels):
-            if mask >> f & 1:
-                product = k if product is None else product * k
+        chosen = [k for f, k in enumerate(kernels) if mask >> f & 1]
+        product = math.prod(chosen[1:], start=chosen[0])
         if weights is not None:
             product = product * weights.to(dtype)[..., None, :]
         found.append(product.sum(-1))

@@ -57,10 +57,10 @@ def kernel_sums(
 
     Notes:
         O(N M d) operations, O((N + M) d) memory, also for the gradient, which makes the tiles of
-        the matrix again. Distances come from products of points less their mean, in float32
-        (float64 for float64), not below 0, and exactly 0 on the diagonal of x with itself; sums
-        are added up in float64. A distance far smaller than the points' spread loses digits, as
-        with every distance made of products: about 1e-7 times the largest squared norm.
+        the matrix again. Distances of up to 8 coordinates are sums of squared differences; others
+        come from products of points less their mean, not below 0, and lose about 1e-7 times the
+        largest squared norm. Both are float32 (float64 for float64) and exactly 0 on the diagonal
+        of x with itself; sums are added up in float64.
 
         The CPU kernels give the same bits on every run and for every number of threads. Second
         derivatives and forward mode are composed of torch operations over some rows at a time;

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -95,15 +95,17 @@ def ordered_distances(x: Tensor, ranks: Sequence[int]) -> Tensor:
 
 def _selected(x: Tensor, rank: int) -> Tensor:
     """By the upper and then the lower half of the bits, whose order is that of the numbers."""
-    counts = sum(torch.bincount(bits >> 16, minlength=2**16) for bits in _bits(x))
+    counts = _summed(bits >> 16 for bits in _bits(x))
     upper = int(torch.searchsorted(counts.cumsum(0), rank, right=True))
     rank -= int(counts[:upper].sum())
-    counts = sum(
-        torch.bincount(bits[bits >> 16 == upper] & 0xFFFF, minlength=2**16) for bits in _bits(x)
-    )
+    counts = _summed(bits[bits >> 16 == upper] & 0xFFFF for bits in _bits(x))
     lower = int(torch.searchsorted(counts.cumsum(0), rank, right=True))
     bits = torch.tensor((upper << 16) | lower, dtype=torch.int32, device=x.device)
     return bits.view(torch.float32).to(x.dtype)
+
+
+def _summed(parts: Iterable[Tensor]) -> Tensor:
+    return torch.stack([torch.bincount(part, minlength=2**16) for part in parts]).sum(0)
 
 
 def _bits(x: Tensor) -> Iterator[Tensor]:

@@ -31,9 +31,9 @@ class RowCodes(NamedTuple):
 
 
 class RowGroups(NamedTuple):
-    """Distinct rows: ``index`` (N,), the group of each row; ``counts`` (G,), rows of each group."""
+    """Distinct rows: ``group`` (N,), the group of each row; ``counts`` (G,), rows of each group."""
 
-    index: Tensor
+    group: Tensor
     counts: Tensor
     below: int
 

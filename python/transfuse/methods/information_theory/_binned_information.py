@@ -95,7 +95,7 @@ def identities(name: str, value: object, rows: int) -> Tensor:
         return torch.unique(value, return_inverse=True)[1]
     flat = value.reshape(rows, -1)
     try:
-        return row_groups(flat if flat.is_floating_point() else flat.double()).index
+        return row_groups(flat if flat.is_floating_point() else flat.double()).group
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 
@@ -117,7 +117,7 @@ def information(
     def shared(ids: Tensor) -> float:
         # H(T) + H(A) - H(T, A) = H(T) - H(T | A), which is exact where A determines T.
         own = entropy(ids.bincount(), correction)
-        return of_t + own - entropy(joint_counts(groups.index, ids), correction)
+        return of_t + own - entropy(joint_counts(groups.group, ids), correction)
 
     return BinnedInformation(
         shared(x_id),

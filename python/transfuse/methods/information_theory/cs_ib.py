@@ -211,7 +211,7 @@ def official_sigma(x: Tensor) -> Tensor:
 
     Example:
         >>> official_sigma(torch.tensor([[0.0], [1.0], [3.0]]))
-        tensor(10.)
+        tensor(40.)
     """
     x = samples("x", x, least=2)
     n = x.shape[0]

@@ -126,8 +126,8 @@ def binned_mi(
     if not isinstance(wrap, bool):
         raise TypeError(f"wrap: expected True or False, got {_checks.describe(wrap)}")
     _correction(correction)
-    ids = [identities(name, value, t.shape[0]) for name, value in (("x", x), ("y", y))]
-    return information(t, *ids, bins, range, wrap, correction)
+    x_id, y_id = identities("x", x, t.shape[0]), identities("y", y, t.shape[0])
+    return information(t, x_id, y_id, bins, range, wrap, correction)
 
 
 def _correction(value: object) -> None:
@@ -232,7 +232,8 @@ class InformationPlane:
         self.spatial, self.seed = spatial, seed
         self._x = identities("inputs", inputs, n)
         self._y = identities("labels", labels, n)
-        self._weights = {name: getattr(modules[name], "weight", None) for name in self.layers}
+        found = {name: getattr(modules[name], "weight", None) for name in self.layers}
+        self._weights = {name: w for name, w in found.items() if isinstance(w, Tensor)}
         self._seen: dict[str, list[Tensor]] | None = None
         self._records: list[tuple[int, list[BinnedInformation], Tensor]] = []
         self._warned: set[str] = set()
@@ -377,7 +378,7 @@ class InformationPlane:
         """
         taken = 0
         for name, weight in self._weights.items():
-            if weight is None or weight.grad is None:
+            if weight.grad is None:
                 continue
             taken += 1
             grad = weight.grad.double()

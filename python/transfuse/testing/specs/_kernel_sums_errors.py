@@ -31,7 +31,9 @@ SUMS = (
     _one("NaN", ValueError, "bandwidth: expected a finite number, got nan", bandwidth=float("nan")),
     _one("one of them", ValueError, r"bandwidth\[1\]: expected a number gr", bandwidth=[1.0, -2.0]),
     _one("none", ValueError, "bandwidth: expected 1 to 16 bandwidths, got 0", bandwidth=[]),
-    _one("string", TypeError, "bandwidth: expected a Python number, got None", bandwidth=None),
+    _one(
+        "no bandwidth", TypeError, "bandwidth: expected a Python number, got None", bandwidth=None
+    ),
     _one(
         "zero tensor",
         ValueError,

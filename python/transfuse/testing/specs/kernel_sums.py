@@ -15,7 +15,8 @@ from transfuse.ops._kernel_sums_reference import (
 from transfuse.testing.spec import CallArgs, Case, OpSpec, RawCall, Tensors
 from transfuse.testing.specs import _kernel_sums_errors as errors
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# float16, which only loads differently, is left to the random cases.
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 TINY = frozenset({"tiny"})
 AWKWARD = frozenset({"awkward"})
@@ -81,9 +82,7 @@ class Plan:
 
 _PLANS: dict[str, tuple[Plan, frozenset[str]]] = {
     "everything": (Plan(4, 3, 5, (0.7, 1.9), moving=True, weighted=True), TINY),
-    "itself": (Plan(5, 2, bandwidths=1.3), TINY),
     "itself weighted": (Plan(4, 2, None, (0.8, 2.0), moving=True, weighted=True), TINY),
-    "imq": (Plan(4, 2, 3, 0.9, moving=True, kernel="imq"), TINY),
     "imq no diagonal": (
         Plan(5, 2, None, 1.1, moving=True, weighted=True, kernel="imq", exclude=True),
         TINY,
@@ -93,10 +92,9 @@ _PLANS: dict[str, tuple[Plan, frozenset[str]]] = {
     "no rows": (Plan(0, 2, 3), AWKWARD),
     "no width": (Plan(3, 0, 2), AWKWARD),
     "far from zero": (Plan(9, 4, 7, 1.5, mean=100.0), AWKWARD),
-    "wide": (Plan(7, 67, bandwidths=9.0), AWKWARD),
-    "tiles": (Plan(97, 5, 49, (1.0, 3.0), weighted=True), AWKWARD),
-    "blocks": (Plan(211, 3, bandwidths=1.2, moving=True, exclude=True), AWKWARD),
-    "long": (Plan(101, 2, 301, 1.0), AWKWARD),
+    "tiles": (Plan(97, 11, 49, (1.0, 3.0), weighted=True), AWKWARD),
+    "blocks": (Plan(211, 3, None, 1.2, moving=True, exclude=True), AWKWARD),
+    "long blocks": (Plan(101, 9, 301, 3.0, moving=True), AWKWARD),
     "batch": (Plan(128, 64, bandwidths=8.0), REAL),
     "mmd": (Plan(8192, 64, bandwidths=8.0), BENCH),
 }
@@ -154,7 +152,6 @@ _PRODUCT_CASES = (
     _products_case("information", TINY, 4, ((0,), (2,), (0, 2), (0, 1, 3)), False),
     _products_case("all", TINY, 5, None, False, kernel="imq", exclude_diagonal=True),
     _products_case("conditional blocks", AWKWARD, 197, _CONDITIONAL, True),
-    _products_case("information blocks", AWKWARD, 197, ((0,), (2,), (0, 1, 2)), False),
 )
 
 
@@ -217,7 +214,7 @@ SPECS = (
         flops=_flops,
         bytes=_bytes,
         errors=errors.PRODUCTS,
-        gradcheck=("conditional", "information"),
+        gradcheck=("conditional",),
         refuses=_REFUSES,
         varying=frozenset({"tangent", "second gradient"}),
         declared_as="kernel_sums",
