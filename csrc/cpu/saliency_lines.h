@@ -177,20 +177,17 @@ TRANSFUSE_APART void along(const Lines& act, const Lines& grad, int64_t index, i
     Mode::merge(s[0], s[1]);
     Mode::merge(s[2], s[3]);
     Mode::merge(s[0], s[2]);
-    T rest[K];
-    for (int k = 0; k < K; ++k) rest[k] = (T)Mode::start(k);
+    T lanes[K][W], rest[K];
+    for (int k = 0; k < K; ++k) {
+      store(lanes[k], s[0][k]);
+      rest[k] = (T)Mode::start(k);
+    }
     for (; i < length; ++i)
       Mode::step(Mode::kAct ? a[i] : T(0), Mode::kGrad ? g[i] : T(0), Mode::kWeight ? weight[i] : sum, rest);
-    if constexpr (Mode::start(0) == 0.0) {
-      for (int k = 0; k < K; ++k) result[k] += (double)horizontal_sum<T>(s[0][k]) + (double)rest[k];
-    } else {
-      T lanes[K][W];
-      for (int k = 0; k < K; ++k) store(lanes[k], s[0][k]);
-      double part[K];
-      for (int lane = 0; lane <= W; ++lane) {
-        for (int k = 0; k < K; ++k) part[k] = lane < W ? (double)lanes[k][lane] : (double)rest[k];
-        Mode::merge(result, part);
-      }
+    double part[K];
+    for (int lane = 0; lane <= W; ++lane) {
+      for (int k = 0; k < K; ++k) part[k] = lane < W ? (double)lanes[k][lane] : (double)rest[k];
+      Mode::merge(result, part);
     }
   }
 }
