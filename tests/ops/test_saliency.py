@@ -7,18 +7,13 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from outer_products import REDUCE, entries
 
 from transfuse.ops import finish_map, grad_weighted_map, normgrad_map
 from transfuse.testing.children import ISA_LEVELS, isa_supported, run_at_isa_level
 from transfuse.testing.specs import find_spec
 
 SPEC = find_spec("normgrad_map")
-REDUCE = {
-    "norm": lambda s: s.norm(dim=1),
-    "filter_norm": lambda s: s.relu().norm(dim=1),
-    "sum": lambda s: s.sum(1),
-    "max": lambda s: s.amax(1),
-}
 METHODS = ("gradcam", "gradcam++", "xgradcam", "layercam", "hirescam", "elementwise", "linear")
 
 
@@ -26,21 +21,6 @@ METHODS = ("gradcam", "gradcam++", "xgradcam", "layercam", "hirescam", "elementw
 def backend(request, device_for) -> str:
     device_for(SPEC, request.param, torch.float32)
     return request.param
-
-
-def entries(act, grad, phase1, kernel=3, **geometry):
-    """All entries of every location's outer product, (B, entries, *S), by unfolding."""
-    if phase1 in ("scaling", "bias"):
-        return act * grad if phase1 == "scaling" else grad
-    if phase1 == "conv1x1":
-        kernel, geometry = 1, {}
-    near = F.unfold(act, kernel, **geometry).unflatten(1, (act.shape[1], -1))
-    g = grad.flatten(2)[:, :, None]
-    if phase1 == "conv3x3_depthwise":
-        found = (near * g).flatten(1, 2)
-    else:
-        found = (near.flatten(1, 2)[:, None] * g).flatten(1, 2)
-    return found.unflatten(2, grad.shape[2:])
 
 
 @pytest.mark.parametrize("phase2", REDUCE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -195,7 +195,7 @@ def _differentiate(
 # ---- token grids ---------------------------------------------------------------------------------
 
 
-def token_grid(size: tuple[int, int], *, skip: int = 1):
+def token_grid(size: tuple[int, int], *, skip: int = 1) -> Callable[[Tensor], Tensor]:
     """A ``reshape`` for transformers: tokens (B, skip + h w, C) to images (B, C, h, w).
 
     Args:
@@ -211,6 +211,8 @@ def token_grid(size: tuple[int, int], *, skip: int = 1):
         torch.Size([4, 5, 2, 3])
     """
     rows, columns = (_checks.positive_int("size", n) for n in size)
+    if isinstance(skip, bool) or not isinstance(skip, int) or skip < 0:
+        raise ValueError(f"skip: expected a number of tokens, got {_checks.describe(skip)}")
 
     def reshape(x: Tensor) -> Tensor:
         _checks.tensor("tokens", x, ("B", "T", "C"))
