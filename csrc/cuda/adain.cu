@@ -17,15 +17,6 @@ constexpr int kBlocks = 2;      // per multiprocessor at least: registers enough
 constexpr int kTile = 32;       // neighbouring planes per block
 constexpr int kMinColumns = 8;  // fewer are taken one by one
 
-// Offset of row r. Rows over several axes cost divisions, which are compiled once and not into every loop.
-__device__ __noinline__ int64_t row_over_axes(const AdainOperand& o, int64_t r) {
-  int64_t run;
-  return adain_row(o, r, &run);
-}
-__device__ inline int64_t row_of(const AdainOperand& o, int64_t r) {
-  return o.axis_count == 1 ? r * o.axes[0].stride : row_over_axes(o, r);
-}
-
 // The planes of one block: column `column` of the slab, rows shared out over `lanes` threads each.
 struct Place {
   int tile, lanes, column, lane;
@@ -84,7 +75,8 @@ __device__ inline void for_elements(const AdainLayout& g, const AdainSlab& s, co
   for (int64_t r = p.lane; r < g.rows; r += p.lanes) {
 #pragma unroll
     for (int k = 0; k < N; ++k) {
-      const int64_t at = s.in[k] + p.column * g.in[k].column_stride + row_of(g.in[k], r);
+      int64_t run;
+      const int64_t at = s.in[k] + p.column * g.in[k].column_stride + adain_row(g.in[k], r, &run);
       values[k][0] = widen(reinterpret_cast<const M*>(g.in[k].ptr)[at]);
     }
     body(values, r, 1);
@@ -175,7 +167,8 @@ __device__ void block_write(const AdainLayout& g, const AdainSlab& s, const Plac
     if (packs) {
       *reinterpret_cast<Pack<M>*>(out + s.out + r) = pack;
     } else {
-      out[s.out + p.column * g.out.column_stride + row_of(g.out, r)] = pack.v[0];
+      int64_t run;
+      out[s.out + p.column * g.out.column_stride + adain_row(g.out, r, &run)] = pack.v[0];
     }
   });
 }
@@ -189,8 +182,7 @@ struct Launch {
 
 // Moments of all style planes, by index.
 template <class M, int N>
-__global__ void __launch_bounds__(kThreads, kBlocks)
-    moments_kernel(const __grid_constant__ AdainLayout g, AdainMoments* out) {
+__global__ void __launch_bounds__(kThreads, kBlocks) moments_kernel(const AdainLayout g, AdainMoments* out) {
   __shared__ double memory[kThreads];
   for (int64_t i = blockIdx.x; i < g.slabs; i += gridDim.x) {
     const AdainSlab s = adain_slab(g, i);
@@ -201,8 +193,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 }
 
 template <class M, int N>
-__global__ void __launch_bounds__(kThreads, kBlocks)
-    content_kernel(const __grid_constant__ Launch launch, const AdainMoments* style) {
+__global__ void __launch_bounds__(kThreads, kBlocks) content_kernel(const Launch launch, const AdainMoments* style) {
   __shared__ double memory[kThreads];
   __shared__ AdainCoefficients rules[kTile];
   const AdainLayout& g = launch.layout;
@@ -233,7 +224,7 @@ struct Repeats {
 
 template <class M, int N>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    style_kernel(const __grid_constant__ Launch launch, const AdainMoments* moments, const Repeats repeats) {
+    style_kernel(const Launch launch, const AdainMoments* moments, const Repeats repeats) {
   const AdainLayout& g = launch.layout;
   __shared__ AdainCoefficients rules[kTile];
   for (int64_t i = blockIdx.x; i < g.slabs; i += gridDim.x) {
