@@ -35,9 +35,9 @@ print("%d%d" % torch.cuda.get_device_capability(), pybind11.get_cmake_dir())'
 if ! found=$("$PYTHON" -c "$facts" 2>&1); then
   fail "this needs an NVIDIA GPU, a torch for CUDA and what the tests need; $PYTHON says: $found. Nothing was measured."
 fi
-read -r capability pybind <<<"$found"
+read -r capability pybind <<<"${found##*$'\n'}" # the last line: importing torch may warn
 
-if command -v cmake >/dev/null; then cmake=cmake; else fail "cmake is not on PATH"; fi
+command -v cmake >/dev/null || fail "cmake is not on PATH"
 for folder in /usr/local/cuda/bin; do
   if ! command -v nvcc >/dev/null && [[ -x $folder/nvcc ]]; then PATH="$folder:$PATH"; fi
 done
@@ -51,10 +51,10 @@ began=$SECONDS
 mkdir -p build/gpu
 # The log is shown only where building fails.
 if ! {
-  "$cmake" -S . -B build/gpu/native "${generator[@]}" -DCMAKE_BUILD_TYPE=Release -DSKBUILD_PROJECT_VERSION="$version" \
+  cmake -S . -B build/gpu/native "${generator[@]}" -DCMAKE_BUILD_TYPE=Release -DSKBUILD_PROJECT_VERSION="$version" \
     -DPython_EXECUTABLE="$(command -v "$PYTHON")" -Dpybind11_DIR="$pybind" -DCMAKE_CUDA_ARCHITECTURES="$capability" &&
-    "$cmake" --build build/gpu/native --parallel &&
-    "$cmake" --install build/gpu/native --prefix "$site"
+    cmake --build build/gpu/native --parallel &&
+    cmake --install build/gpu/native --prefix "$site"
 } >build/gpu/build.log 2>&1; then
   tail -n 40 build/gpu/build.log >&2
   fail "building failed, see build/gpu/build.log"

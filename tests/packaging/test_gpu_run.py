@@ -88,16 +88,24 @@ def test_every_gpu_backend_has_a_job(capsys):
     assert not [(a, b) for a in names for b in names if a != b and a in b]
 
 
-def test_selections_find_tests():
-    if not (ROOT / gpu.CONTRACT).is_file():
-        pytest.skip("not in a checkout")
-    jobs = {job.name: job for job in gpu.contract_jobs()}
-    command = [*jobs["adain cuda"].command, "--collect-only", "-q"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stdout
-    found = [line for line in result.stdout.splitlines() if "::" in line]
-    assert len(found) > 50
-    assert all("[adain-cuda" in line for line in found)
+def test_a_selection_takes_the_tests_of_its_op_alone(tmp_path):
+    """The expression of a job, on a small file with parameter sets named as in the contract. (That
+    collects for ten seconds; a job of the real run that selects nothing has not passed.)"""
+    jobs = gpu.contract_jobs()[1:]
+    assert len(jobs) == len(gpu.kernels_of())
+    small = tmp_path / "test_small.py"
+    ids = ["adain-cuda-float32", "adain-triton-float32", "my_adain-cuda-float32"]
+    small.write_text(
+        "import pytest\n\n"
+        f"@pytest.mark.parametrize('x', range({len(ids)}), ids={ids!r})\n"
+        "def test_value(x):\n    pass\n"
+    )
+    command = list(next(job for job in jobs if job.name == "adain cuda").command)
+    command[command.index(str(gpu.CONTRACT))] = str(small)
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    found = gpu.contract_findings(gpu.Finished(jobs[0], result.returncode, result.stdout, 1.0))
+    assert found["by_dtype"] == {"float32": {"passed": 1}}, result.stdout
+    assert found["passed"]
 
 
 # -- jobs ------------------------------------------------------------------------------------------
