@@ -21,16 +21,16 @@ def digits():
     return x, torch.tensor(y)[order]
 
 
-def train(x, y):
+def train(x, y, seed):
     """A network of four convolutions and global pooling, on single digits."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     parts, last = [], 1
     for width, stride in ((12, 2), (24, 1), (32, 2), (48, 1)):
         parts += [nn.Conv2d(last, width, 3, stride=stride, padding=1), nn.ReLU(inplace=True)]
         last = width
     net = nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(last, 10))
     optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed + 1)
     for _ in range(EPOCHS):
         for part in torch.randperm(len(y), generator=generator).split(BATCH):
             optimizer.zero_grad()
@@ -55,9 +55,10 @@ def mosaics(x, y):
 
 @pytest.mark.claim
 @pytest.mark.filterwarnings("ignore:.*saliency maps are constant")
-def test_the_last_layer_points_at_the_digit():
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_last_layer_points_at_the_digit(seed):
     x, y = digits()
-    net = train(x[:4500], y[:4500])
+    net = train(x[:4500], y[:4500], seed)
     pictures, targets = mosaics(x[4500:], y[4500:])
 
     def points(layer):
@@ -70,7 +71,6 @@ def test_the_last_layer_points_at_the_digit():
 
     *earlier, last = (points(layer) for layer in LAYERS)
     mean = sum(earlier) / len(earlier)
-    print(f"last layer {last:.2f}, earlier ones {mean:.2f}")
     assert last >= 0.45
     assert last - mean >= 0.10
 
