@@ -73,16 +73,3 @@ def test_the_last_layer_points_at_the_digit(seed):
     mean = sum(earlier) / len(earlier)
     assert last >= 0.45
     assert last - mean >= 0.10
-
-
-@pytest.mark.parametrize("slug", ["grad_cam", "norm_grad"])
-def test_the_picture_is_drawn(slug, tmp_path, mobilenet):
-    import importlib
-
-    pytest.importorskip("matplotlib")
-    gallery = importlib.import_module(f"transfuse.bench.gallery.{slug}")
-    path = tmp_path / "picture.png"
-    assert gallery.main(["--out", str(path), "--size", "64", "96"]) == 0
-    assert path.read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(SystemExit):
-        gallery.main(["--out", str(path), "--size", "8", "8"])

@@ -90,55 +90,6 @@ def test_golden_batch(recorded):
         GOLDEN.check(found[:, None], name, "ray")
 
 
-@pytest.mark.parametrize("kernel", [1, 3])
-def test_a_virtual_identity_layer(mobilenet, photograph, kernel):
-    """Inserted for real into a trained network: it changes nothing, and its weight's gradient is
-    the sum of the terms whose norms the map shows."""
-    name = "features.14"
-    layer = mobilenet.get_submodule(name)
-    with torch.no_grad():
-        middle = mobilenet(photograph[..., 48:144, 72:216])
-
-    def score(features):
-        return F.cosine_similarity(features, middle)
-
-    seen = {}
-
-    class Inserted(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = layer
-            width = layer.conv[-1].num_features
-            self.identity = nn.Conv2d(width, width, kernel, padding=kernel // 2, bias=False)
-            nn.init.dirac_(self.identity.weight)
-
-        def forward(self, x):
-            seen["act"] = self.layer(x)
-            return self.identity(seen["act"])
-
-    inserted = Inserted()
-    before = mobilenet(photograph).detach()
-    mobilenet.features[14] = inserted
-    try:
-        features = mobilenet(photograph)
-        torch.testing.assert_close(features.detach(), before, rtol=1e-4, atol=1e-5)
-        out = torch.autograd.grad(score(features).sum(), inserted.identity.weight)[0]
-    finally:
-        mobilenet.features[14] = layer
-    phase1 = f"conv{kernel}x{kernel}"
-    saliency = NormGrad(mobilenet, name, phase1=phase1)
-    (raw,) = saliency.raw(photograph, score)
-    from transfuse.methods.saliency._capture import capture
-
-    found = capture(mobilenet, photograph, [name], score)
-    act, grad = found.activations[0][0], found.gradients[0][0]
-    patches = F.unfold(act[None], kernel, padding=kernel // 2)[0]
-    total = (grad.flatten(1) @ patches.T).unflatten(1, out.shape[1:])
-    assert (total - out).abs().max() < 1e-4 * out.abs().max()
-    brute = patches.norm(dim=0) * grad.flatten(1).norm(dim=0)
-    torch.testing.assert_close(raw[0].flatten(), brute, rtol=1e-4, atol=1e-9)
-
-
 def test_layers_together(net, images):
     layers = ["conv", "last"]
     maps = [NormGrad(net, name)(images, 1) for name in layers]
