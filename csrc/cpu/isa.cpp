@@ -96,7 +96,7 @@ Isa isa_in_use() {
 }
 
 TRANSFUSE_KERNEL_TABLE(AdainKernels, kAdain, adain_kernels)
-TRANSFUSE_KERNEL_TABLE(AttentionKernels, kAttention, attention_kernels)
+TRANSFUSE_BF16_KERNEL_TABLE(AttentionKernels, kAttention, attention_kernels)
 TRANSFUSE_KERNEL_TABLE(HeadKernels, kHead, head_kernels)
 TRANSFUSE_KERNEL_TABLE(KernelSumsKernels, kKernelSums, kernel_sums_kernels)
 TRANSFUSE_KERNEL_TABLE(MixKernels, kMix, mix_kernels)
@@ -104,10 +104,10 @@ TRANSFUSE_KERNEL_TABLE(MultitensorKernels, kMultitensor, multitensor_kernels)
 TRANSFUSE_KERNEL_TABLE(MultitensorSumKernels, kMultitensorSums, multitensor_sum_kernels)
 TRANSFUSE_KERNEL_TABLE(NesKernels, kNes, nes_kernels)
 TRANSFUSE_KERNEL_TABLE(PatchGramKernels, kPatchGram, patch_gram_kernels)
-TRANSFUSE_KERNEL_TABLE(PeakKernels, kPeak, peak_kernels)
+TRANSFUSE_BF16_KERNEL_TABLE(PeakKernels, kPeak, peak_kernels)
 TRANSFUSE_KERNEL_TABLE(RowCodesKernels, kRowCodes, row_codes_kernels)
 TRANSFUSE_KERNEL_TABLE(SaliencyKernels, kSaliency, saliency_kernels)
 TRANSFUSE_KERNEL_TABLE(SimplexKernels, kSimplex, simplex_kernels)
-TRANSFUSE_KERNEL_TABLE(TokenMergingKernels, kTokenMerging, token_merging_kernels)
+TRANSFUSE_BF16_KERNEL_TABLE(TokenMergingKernels, kTokenMerging, token_merging_kernels)
 
 }  // namespace transfuse

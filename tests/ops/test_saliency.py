@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from outer_products import REDUCE, entries
 
 from transfuse.ops import finish_map, grad_weighted_map, normgrad_map
-from transfuse.testing.children import ISA_LEVELS, isa_supported, run_at_isa_level
 from transfuse.testing.specs import find_spec
 
 SPEC = find_spec("normgrad_map")
@@ -151,37 +150,6 @@ def test_a_map_can_be_trained_through():
         torch.autograd.grad(penalty(op, weight), weight)[0] for op in (normgrad_map, by_hand)
     ]
     torch.testing.assert_close(*results)
-
-
-PROGRAM = """
-import torch
-from transfuse import _C
-from transfuse.ops import grad_weighted_map, normgrad_map
-from transfuse.testing.specs import find_spec
-for op in (grad_weighted_map, normgrad_map):
-    for case in find_spec(op.__name__).cases:
-        if case.tags & {"bench", "real", "tiny"}:
-            continue
-        for dtype in (torch.float32, torch.float64):
-            args = case.build(dtype)
-            got = args.call(op, args.tensors, "cpu")
-            want = args.call(op, {k: x.double() for k, x in args.tensors.items()}, "reference")
-            largest = float(want.abs().max()) if want.numel() else 0.0
-            torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5 * largest)
-print(_C.isa_in_use())
-"""
-
-
-@pytest.mark.parametrize("level", ISA_LEVELS)
-def test_every_instruction_set(level, device_for):
-    device_for(SPEC, "cpu", torch.float32)
-    if not isa_supported(level):
-        pytest.skip(f"{level} does not run here")
-    from transfuse import _C
-
-    if level == _C.isa_in_use():
-        pytest.skip("the contract runs at this level")
-    run_at_isa_level(PROGRAM, level)
 
 
 @pytest.mark.parametrize("batch", [1, 5])

@@ -20,15 +20,18 @@ const std::vector<IsaLevel>& isa_levels();
 Isa isa_in_use();
 const char* isa_name(Isa isa);
 
-// Kernels of one level live in namespace transfuse::<level>; this macro lists the levels present in the binary.
+// Kernels of one level live in namespace transfuse::<level>; these macros list the levels present in the binary. The
+// one with bfloat16 products has code of its own only in files that multiply that way; the others' is that of avx512.
 #if TRANSFUSE_AVX512_LEVELS
 #define TRANSFUSE_FOR_EACH_LEVEL(X, ...) \
-  X(portable, __VA_ARGS__)               \
-  X(avx2, __VA_ARGS__) X(avx512, __VA_ARGS__) X(avx512_bf16, __VA_ARGS__) X(emulated512, __VA_ARGS__)
+  X(portable, __VA_ARGS__) X(avx2, __VA_ARGS__) X(avx512, __VA_ARGS__) X(emulated512, __VA_ARGS__)
+#define TRANSFUSE_FOR_BF16_LEVEL(X, ...) X(avx512_bf16, __VA_ARGS__)
 #elif TRANSFUSE_X86_LEVELS
 #define TRANSFUSE_FOR_EACH_LEVEL(X, ...) X(portable, __VA_ARGS__) X(avx2, __VA_ARGS__) X(emulated512, __VA_ARGS__)
+#define TRANSFUSE_FOR_BF16_LEVEL(X, ...)
 #else
 #define TRANSFUSE_FOR_EACH_LEVEL(X, ...) X(portable, __VA_ARGS__) X(emulated512, __VA_ARGS__)
+#define TRANSFUSE_FOR_BF16_LEVEL(X, ...)
 #endif
 
 #define TRANSFUSE_DECLARE_TABLE(level, Table, symbol) \
@@ -37,16 +40,26 @@ const char* isa_name(Isa isa);
   }
 #define TRANSFUSE_SELECT_TABLE(level, Table, symbol) \
   case Isa::level: return level::symbol;
+#define TRANSFUSE_SELECT_AVX512(level, Table, symbol) \
+  case Isa::level: return avx512::symbol;
+
+#define TRANSFUSE_DEFINE_ACCESSOR(Table, symbol, accessor, SELECT_BF16) \
+  const Table& accessor() {                                             \
+    switch (isa_in_use()) {                                             \
+      TRANSFUSE_FOR_EACH_LEVEL(TRANSFUSE_SELECT_TABLE, Table, symbol)   \
+      TRANSFUSE_FOR_BF16_LEVEL(SELECT_BF16, Table, symbol)              \
+      default: return portable::symbol;                                 \
+    }                                                                   \
+  }
 
 // Defines `const Table& accessor()`, which returns the table `symbol` of the level in use. Use inside namespace
-// transfuse.
-#define TRANSFUSE_KERNEL_TABLE(Table, symbol, accessor)               \
-  TRANSFUSE_FOR_EACH_LEVEL(TRANSFUSE_DECLARE_TABLE, Table, symbol)    \
-  const Table& accessor() {                                           \
-    switch (isa_in_use()) {                                           \
-      TRANSFUSE_FOR_EACH_LEVEL(TRANSFUSE_SELECT_TABLE, Table, symbol) \
-      default: return portable::symbol;                               \
-    }                                                                 \
-  }
+// transfuse. The second one is for files in TRANSFUSE_BF16_SOURCES.
+#define TRANSFUSE_KERNEL_TABLE(Table, symbol, accessor)            \
+  TRANSFUSE_FOR_EACH_LEVEL(TRANSFUSE_DECLARE_TABLE, Table, symbol) \
+  TRANSFUSE_DEFINE_ACCESSOR(Table, symbol, accessor, TRANSFUSE_SELECT_AVX512)
+#define TRANSFUSE_BF16_KERNEL_TABLE(Table, symbol, accessor)       \
+  TRANSFUSE_FOR_EACH_LEVEL(TRANSFUSE_DECLARE_TABLE, Table, symbol) \
+  TRANSFUSE_FOR_BF16_LEVEL(TRANSFUSE_DECLARE_TABLE, Table, symbol) \
+  TRANSFUSE_DEFINE_ACCESSOR(Table, symbol, accessor, TRANSFUSE_SELECT_TABLE)
 
 }  // namespace transfuse
