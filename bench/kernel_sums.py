@@ -9,7 +9,7 @@ from torch import Tensor
 
 from transfuse.ops import conditional_cs, cs_qmi, mmd2
 
-from .cases import Case, Setup, Target, Tensors, Workload
+from .cases import GRAD, Case, Setup, Target, Tensors, Workload
 from .inputs import normal
 
 EXP = 10  # floating-point operations that an exponential counts as
@@ -23,6 +23,11 @@ def _dense(a: Tensor, b: Tensor, h: float) -> Tensor:
     """The kernel matrix by one matrix product."""
     squares = a.square().sum(1)[:, None] + b.square().sum(1) - 2.0 * (a @ b.T)
     return torch.exp(squares.clamp_min(0.0) * (-0.5 / h**2))
+
+
+def _one(like: Tensor) -> Tensor:
+    """The gradient of a number by itself."""
+    return torch.ones((), dtype=like.dtype, device=like.device)
 
 
 def _work(pairs: float, width: int, mode: str) -> int:
@@ -59,7 +64,7 @@ def _mmd(n: int, d: int, h: float) -> Callable[[Setup], Workload]:
             return k[:n, :n].mean() + k[n:, n:].mean() - k[:n, n:].mean() - k[n:, :n].mean()
 
         return Workload(
-            tensors={"a": a, "b": b},
+            tensors={"a": a, "b": b, GRAD: _one(a)},
             ours=lambda t: mmd2(t["a"], t["b"], h, backend=setup.backend),
             reference=dense,
             expressions={"eager": dense, "separate": cdist, "dense": joined},
@@ -100,7 +105,7 @@ def _conditional(n: int, dx: int, dy: int) -> Callable[[Setup], Workload]:
             return terms[0] + terms[1] - 2 * terms[2]
 
         return Workload(
-            tensors={"x": x, "y": y, "yhat": yhat},
+            tensors={"x": x, "y": y, "yhat": yhat, GRAD: _one(x)},
             ours=lambda t: conditional_cs(
                 t["x"], t["y"], t["yhat"], h, row_weight="official", backend=setup.backend
             ),
@@ -142,7 +147,7 @@ def _qmi(n: int, dx: int, dt: int) -> Callable[[Setup], Workload]:
             return (torch.log2(first) + torch.log2(second) - 2 * torch.log2(third)).squeeze()
 
         return Workload(
-            tensors={"x": x, "t": t},
+            tensors={"x": x, "t": t, GRAD: _one(x)},
             ours=lambda given: cs_qmi(given["x"], given["t"], hx, ht, backend=setup.backend),
             reference=rows,
             expressions={"official": official, "eager": rows},
