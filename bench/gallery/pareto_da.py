@@ -103,8 +103,11 @@ def train(images: Tensor, labels: Tensor, *, steps: int, seed: int, uniform: boo
         optimizer.step()
     with torch.no_grad():
         predicted = criterion.classifier(body(images[source])).argmax(1)
+    weights, rates, curves = torch.stack(rows).unbind(1)
     return Training(
-        *torch.stack(rows).unbind(1),
+        weights,
+        rates,
+        curves,
         int(criterion.weights.infeasible) / steps,
         (predicted == labels[source]).double().mean().item(),
     )

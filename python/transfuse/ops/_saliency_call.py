@@ -59,28 +59,28 @@ class Canonical(NamedTuple):
     out_space: tuple[int, ...]
 
 
-def layer(act: object, grad: object, layout: object, *, alike: bool) -> Canonical:
+def layer(act: object, grad: object, layout: str, *, alike: bool) -> Canonical:
     """Check two tensors of one layer (``alike``: of one shape) and bring channels forward."""
     _checks.choice("layout", layout, LAYOUTS)
     tensors = [_one(name, x, layout) for name, x in (("act", act), ("grad", grad))]
+    # As they were given, before channels came forward.
+    shapes = [tuple(x.shape) for x in (act, grad) if isinstance(x, Tensor)]
     first, second = tensors
     if alike and first.shape != second.shape:
-        raise ValueError(
-            f"grad: expected the shape of act, {tuple(act.shape)}, got {tuple(grad.shape)}"
-        )
+        raise ValueError(f"grad: expected the shape of act, {shapes[0]}, got {shapes[1]}")
     if first.dim() != second.dim() or first.shape[0] != second.shape[0]:
         raise ValueError(
             f"grad: expected {first.dim()} dimensions and a batch of {first.shape[0]} as act has, "
-            f"got shape {tuple(grad.shape)}"
+            f"got shape {shapes[1]}"
         )
     _checks.same_dtype("grad", second, "act", first)
     _checks.same_device("grad", second, "act", first)
     spaces = [tuple(x.shape[2:]) for x in tensors]
-    return Canonical(*(x.flatten(2) for x in tensors), *spaces)
+    return Canonical(first.flatten(2), second.flatten(2), *spaces)
 
 
-def _one(name: str, x: object, layout: object) -> Tensor:
-    x = _checks.dense(name, x)
+def _one(name: str, value: object, layout: str) -> Tensor:
+    x = _checks.dense(name, value)
     _checks.floating(name, x)
     least, most, axes = {
         "nchw": (4, 5, "(B, C, h, w) or (B, C, d, h, w)"),
