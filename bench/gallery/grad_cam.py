@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 from transfuse.methods.saliency.grad_cam import GradCAM
 
-from ..cases import Unavailable  # noqa: F401  (what it raises without its packages)
 from ._pictures import new_figure, run
 from ._saliency import LAYERS, NOTE, overlay, question, show_question
 

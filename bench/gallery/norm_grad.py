@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 from transfuse.methods.saliency.norm_grad import NormGrad
 
-from ..cases import Unavailable  # noqa: F401  (what it raises without its packages)
 from ._pictures import new_figure, run
 from ._saliency import LAYERS, NOTE, overlay, question, show_question
 
