@@ -35,13 +35,15 @@ $(VENV)/.packages: constraints.txt
 	$(PIP) install -q -r constraints.txt
 	@touch $@
 
-# An ordinary install: what is tested is what a wheel holds. The object files stay in build/, so
-# installing again after a change of Python code takes seconds. A torch without CUDA cannot open the
-# CUDA library, so it is left out then (`make cuda-check` compiles it all the same).
+# What makes the package of this tree. The object files stay in build/, so making it again after a change
+# of Python code takes seconds. A torch without CUDA cannot open the CUDA library, so it is left out then
+# (`make cuda-check` compiles it all the same).
+COMPILED = --no-build-isolation --no-deps -C cmake.define.TRANSFUSE_CUDA=$$($(PY) -c \
+  'import torch; print("OFF" if torch.version.cuda is None else "AUTO")') .
+
+# An ordinary install: what is tested is what a wheel holds.
 $(VENV)/.package: $(VENV)/.packages $(PACKAGE_SOURCES)
-	cuda=$$($(PY) -c 'import torch; print("OFF" if torch.version.cuda is None else "AUTO")'); \
-	PATH="$(abspath $(BIN)):$$PATH" $(PIP) install -q --no-build-isolation --no-deps --force-reinstall \
-	  -C cmake.define.TRANSFUSE_CUDA=$$cuda .
+	PATH="$(abspath $(BIN)):$$PATH" $(PIP) install -q --force-reinstall $(COMPILED)
 	@touch $@
 
 setup: $(VENV)/.packages  ## virtual environment with the pinned packages
@@ -112,8 +114,8 @@ cuda-check: $(VENV)/.packages  ## compile the CUDA sources for sm_80 and sm_90, 
 sdist: $(VENV)/.packages  ## source distribution in dist/
 	$(PY) -m build -q --sdist --no-isolation
 
-wheel: sdist  ## wheel in dist/, built from the source distribution
-	PATH="$(abspath $(BIN)):$$PATH" $(PIP) wheel -q --no-build-isolation --no-deps $(ARGS) -w dist dist/transfuse-*.tar.gz
+wheel: $(VENV)/.package  ## wheel in dist/
+	PATH="$(abspath $(BIN)):$$PATH" $(PIP) wheel -q -w dist $(COMPILED)
 
 clean:  ## remove build output and the virtual environment
 	rm -rf build dist $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -111,9 +111,9 @@ class Workload:
     so that the oracle may go head by head and never hold a whole float64 attention map.
     ``needs_bytes`` (by kind of expression) keeps a peer that would not fit from being started,
     ``skips`` (by peer) one that is known to be hopeless: why. ``estimates`` (by kind) names
-    expressions that estimate the result by random numbers, and how far they may be from it, as a
-    part of the largest value; ``draws`` those whose result is itself random numbers of their own,
-    which are judged by their spread.
+    expressions that estimate the result by random numbers or sum it in a precision too low for its
+    length, and how far they may be from it, as a part of the largest value; ``draws`` those whose
+    result is itself random numbers of their own, which are judged by their spread.
     """
 
     tensors: Tensors

@@ -155,7 +155,7 @@ class Gate:
     def judge(self, outputs: Outputs, *, slack: float = 0.0) -> Verdict:
         """Compare one candidate's outputs with the oracle.
 
-        ``slack``, as a part of the largest value of an output, is for random estimates.
+        ``slack``, as a part of the largest value of an output, is for estimates.
         """
         outputs = tuple(tensor.detach() for tensor in outputs)
         misfit = self._misfit(outputs)

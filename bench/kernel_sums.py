@@ -126,10 +126,12 @@ def _conditional(n: int, dx: int, dy: int) -> Callable[[Setup], Workload]:
 def _qmi(n: int, dx: int, dt: int) -> Callable[[Setup], Workload]:
     def make(setup: Setup) -> Workload:
         generator = setup.generator()
-        x, t = (
-            normal(n, d, generator=generator, dtype=setup.dtype, device=setup.device)
-            for d in (dx, dt)
+        x, layer, noise = (
+            normal(*shape, generator=generator, dtype=setup.dtype, device=setup.device)
+            for shape in ((n, dx), (dx, dt), (n, dt))
         )
+        # Without anything in common the gradient is a difference of equals, and has no digits.
+        t = torch.tanh(x @ layer * (2.0 * dx**-0.5)) + 0.1 * noise
         hx, ht = float(dx) ** 0.5, float(dt) ** 0.5
 
         def rows(given: Tensors) -> Tensor:
@@ -156,7 +158,7 @@ def _qmi(n: int, dx: int, dt: int) -> Callable[[Setup], Workload]:
             flops=_work(n * n / 2, dx + dt, setup.mode),
             bytes=n * (dx + dt) * x.element_size(),
             floor_note=FLOOR,
-            inputs="normal, bandwidths sqrt(width)",
+            inputs="normal x, t a noisy layer of tanh on it, bandwidths sqrt(width)",
             shape={"x": [n, dx], "t": [n, dt]},
         )
 
