@@ -104,7 +104,7 @@ class Workload:
     ``expressions`` are the alternatives by kind ("sdpa", "explicit", ...); ``peers`` of this
     package say how each is run (eagerly, compiled, by another package). Every expression maps the
     tensors to the same output as ``ours``. ``variants`` are further ways to write it with
-    transfuse.
+    transfuse, left out of quick runs.
     ``reference`` must also accept float64 tensors. ``yardstick`` names the expression whose error
     counts as eager torch's; None is the reference itself, the rule wherever that takes no minutes.
     ``heads`` set means heads are independent (axis 1 of every tensor whose axis 1 has that size),

@@ -179,7 +179,7 @@ def _collect(case: Case, workload: Workload, setup: Setup, settings: Settings) -
         )
 
     rows = []
-    own = {OURS: workload.ours} | workload.variants
+    own = {OURS: workload.ours} | ({} if settings.quick else workload.variants)
     for name, expression in own.items():
         row = Row(name, "transfuse" if name == OURS else "transfuse, another way", _role(name))
         # Binding itself runs the forward in backward mode, so it waits for the gate's try block.

@@ -23,6 +23,7 @@ from transfuse.ops import (
 
 from .cases import GRAD, Case, Setup, Target, Tensors, Workload
 from .inputs import normal
+from .peers.torch_peers import compiled
 
 PROBES = 300
 # The noise of 300 probes is as large as the gaps themselves. With this weight of the exact diagonal
@@ -213,10 +214,12 @@ def _step(kind: str, domains: int, each: int, columns: int, classes: int, forwar
     def make(setup: Setup) -> Workload:
         tensors, bounds = _tensors(setup, domains * each, columns, classes), _bounds(domains, each)
         tensors[GRAD] = torch.ones((), dtype=setup.dtype, device=setup.device)
-        closed = _closed(kind, bounds)
+        closed, ours = _closed(kind, bounds), _ours(kind, bounds, setup.backend)
         return Workload(
             tensors=tensors,
-            ours=_ours(kind, bounds, setup.backend),
+            ours=ours,
+            # A training step is mostly small operations around the ops.
+            variants={"transfuse-compile": compiled(ours, setup.device, setup.mode)},
             reference=closed,
             expressions={"eager": closed, "official": _official(kind, bounds)},
             yardstick=None,

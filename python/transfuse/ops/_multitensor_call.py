@@ -16,6 +16,7 @@ _MASK = 2**64 - 1
 _STEP = 0x9E3779B97F4A7C15  # of the keys of the blocks: 2^64 / golden ratio
 MOST_PARTITIONS = 65536
 _DTYPES = frozenset(_checks.FLOATING)
+_TYPES = frozenset((Tensor, torch.nn.Parameter))
 
 
 class Combination(NamedTuple):
@@ -34,16 +35,26 @@ def tensor_list(name: str, value: object, *, absent: bool = False) -> list:
         raise TypeError(f"{name}: expected a list of tensors, got {_checks.describe(value)}")
     if len(value) == 0:
         raise ValueError(f"{name}: expected at least one tensor, got none")
-    # Metadata only, and no calls where all is well: lists have hundreds of entries.
-    compiling = torch.compiler.is_compiling()
-    for j, entry in enumerate(value):
-        if entry is None and absent:
-            continue
-        if not isinstance(entry, Tensor) or entry.dtype not in _DTYPES:
-            _checks.floating(f"{name}[{j}]", _checks.dense(f"{name}[{j}]", entry))
-        elif not compiling and entry.layout is not torch.strided:
-            _checks.dense(f"{name}[{j}]", entry)
-    return list(value)
+    found = list(value)
+    if not _all_usual(found):
+        for j, entry in enumerate(found):
+            if entry is not None or not absent:
+                _checks.floating(f"{name}[{j}]", _checks.dense(f"{name}[{j}]", entry))
+    return found
+
+
+def _all_usual(entries: list) -> bool:
+    """Whether a glance shows that all are what they should be: lists have hundreds of entries."""
+    return (
+        not torch.compiler.is_compiling()
+        and _TYPES.issuperset(map(type, entries))
+        and _DTYPES.issuperset([t.dtype for t in entries])
+        and all([t.layout is torch.strided for t in entries])
+    )
+
+
+def _outlines(tensors: list[Tensor]) -> list[tuple[torch.Size, torch.device]]:
+    return [(t.shape, t.device) for t in tensors]
 
 
 def lists_of_tensors(name: str, value: object, *, absent: bool = False) -> list[list]:
@@ -53,6 +64,10 @@ def lists_of_tensors(name: str, value: object, *, absent: bool = False) -> list[
     if len(value) == 0:
         raise ValueError(f"{name}: expected at least one list, got none")
     found = [tensor_list(f"{name}[{i}]", part, absent=absent) for i, part in enumerate(value)]
+    if not torch.compiler.is_compiling() and not any(t is None for part in found for t in part):
+        first = _outlines(found[0])
+        if all([_outlines(part) == first for part in found[1:]]):
+            return found
     for i, part in enumerate(found[1:], 1):
         same_blocks(f"{name}[{i}]", part, f"{name}[0]", found[0])
     return found
@@ -151,7 +166,7 @@ def block_keys(seed: int, blocks: int) -> tuple[int, ...]:
 
 def working_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     """float32, or float64 where any tensor is."""
-    wide = any(t.dtype == torch.float64 for t in tensors)
+    wide = torch.float64 in [t.dtype for t in tensors]
     return torch.float64 if wide else torch.float32
 
 
