@@ -8,6 +8,7 @@
 #include "cuda_head_curvature_selftest.h"
 #include "cuda_mix_selftest.h"
 #include "cuda_multitensor_selftest.h"
+#include "cuda_saliency_selftest.h"
 #include "cuda_token_merging_selftest.h"
 
 int main() {
@@ -15,6 +16,7 @@ int main() {
   selftest::mix_cuda_selftest();
   selftest::head_curvature_cuda_selftest();
   selftest::multitensor_cuda_selftest();
+  selftest::saliency_cuda_selftest();
   selftest::token_merging_cuda_selftest();
   const selftest::Tally& t = selftest::tally();
   std::printf("transfuse_cuda_selftest: %ld passed, %ld failed\n", t.passed, t.failed);
