@@ -35,20 +35,17 @@ __global__ void __launch_bounds__(kThreads) lincomb_kernel(const Lincomb c) {
       [[maybe_unused]] int part[Parted ? N : 1];
       if constexpr (Parted) read_parts(c.table, c.parts, block, at, n, part);
       for (int first = 0; first < c.lists; first += G) {
-        Raw<A, N> raw[G];
-        DType dtype[G] = {};
+        Awaited<A, N> awaited[G];
 #pragma unroll
         for (int g = 0; g < G; ++g) {
           if (first + g >= c.lists) continue;
-          const Place t = c.table.tensor(c.deltas + (first + g) * blocks + block);
-          dtype[g] = t.dtype;
-          load_raw(t, at, n, raw[g]);
+          awaited[g].load(c.table.tensor(c.deltas + (first + g) * blocks + block), at, n);
         }
 #pragma unroll
         for (int g = 0; g < G; ++g) {
           if (first + g >= c.lists) continue;
           A x[N];
-          widen_raw(raw[g], dtype[g], x);
+          awaited[g].get(x);
           const double* factor = c.coefficients + ((first + g) * blocks + block) * c.parts.count;
           if constexpr (Parted) {
 #pragma unroll
@@ -187,12 +184,13 @@ __global__ void __launch_bounds__(kThreads) perturb_kernel(const Perturb c) {
     const Place grad = c.table.tensor(c.grads + chunk.block);
     for (int64_t own = (int64_t)threadIdx.x * N; own < chunk.count; own += kThreads * N) {
       const int64_t at = chunk.begin + own, n = chunk.count - own;
-      Raw<A, N> raw;
       A x[N], g[N];
-      load_raw(to, at, n, raw);
-      load_numbers(grad, at, n, g);
-      store_raw(kept, at, n, raw);
-      widen_raw(raw, to.dtype, x);
+      with_stored<A, N>(to.dtype, [&](auto room) {
+        load_packs<N>(to, at, n, room.packs);
+        load_numbers(grad, at, n, g);
+        store_packs<N>(kept, at, n, room.packs);
+        widen_packs(room.packs, x);
+      });
 #pragma unroll
       for (int i = 0; i < N; ++i) x[i] += factor * (c.adaptive ? x[i] * x[i] * g[i] : g[i]);
       store_numbers(to, at, n, x);

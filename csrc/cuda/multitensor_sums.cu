@@ -96,18 +96,18 @@ __global__ void __launch_bounds__(kThreads) dots_kernel(const Dots c) {
         A sum[kLists] = {};
         for (int64_t own = begin + (int64_t)threadIdx.x * N; own < end; own += kThreads * N) {
           const int64_t at = chunk.begin + own, n = chunk.count - own;
-          Raw<A, N> raw[kLists], left;
-          load_raw(grad, at, n, left);
+          Awaited<A, N> left, right[kLists];
+          left.load(grad, at, n);
 #pragma unroll
           for (int g = 0; g < kLists; ++g)
-            if (first + g < c.lists) load_raw(list[g], at, n, raw[g]);
+            if (first + g < c.lists) right[g].load(list[g], at, n);
           A y[N];
-          widen_raw(left, grad.dtype, y);
+          left.get(y);
 #pragma unroll
           for (int g = 0; g < kLists; ++g) {
             if (first + g >= c.lists) continue;
             A x[N];
-            widen_raw(raw[g], list[g].dtype, x);
+            right[g].get(x);
 #pragma unroll
             for (int i = 0; i < N; ++i) sum[g] += y[i] * x[i];
           }
@@ -148,14 +148,14 @@ __global__ void __launch_bounds__(kPartThreads) part_dots_kernel(const Dots c) {
       for (int q = 0; q < count; ++q) sums[q][own] = A(0);
       for (int64_t e = begin + (int64_t)own * N; e < end; e += kPartThreads * N) {
         const int64_t at = chunk.begin + e, n = chunk.count - e;
-        Raw<A, N> left, right;
+        Awaited<A, N> left, right;
         int part[N];
-        load_raw(grad, at, n, left);
-        load_raw(delta, at, n, right);
+        left.load(grad, at, n);
+        right.load(delta, at, n);
         read_parts(c.table, c.parts, chunk.block, at, n, part);
         A x[N], y[N];
-        widen_raw(left, grad.dtype, y);
-        widen_raw(right, delta.dtype, x);
+        left.get(y);
+        right.get(x);
 #pragma unroll
         for (int i = 0; i < N; ++i) {
           const int q = part[i] - first;
@@ -209,16 +209,16 @@ __global__ void __launch_bounds__(kThreads) gram_kernel(const Gram c) {
       A sum[Tile][Tile] = {};
       for (int64_t own = begin + (int64_t)threadIdx.x * N; own < end; own += kThreads * N) {
         const int64_t at = chunk.begin + own, n = chunk.count - own;
-        Raw<A, N> raw[kRows];
+        Awaited<A, N> rows[kRows];
 #pragma unroll
         for (int r = 0; r < kRows; ++r)
-          if (row[r].address != 0 && (r < Tile || !diagonal)) load_raw(row[r], at, n, raw[r]);
+          if (row[r].address != 0 && (r < Tile || !diagonal)) rows[r].load(row[r], at, n);
         A x[kRows][N] = {};
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
           if (row[r].address == 0) continue;
           if (r < Tile || !diagonal) {
-            widen_raw(raw[r], row[r].dtype, x[r]);
+            rows[r].get(x[r]);
           } else {
 #pragma unroll
             for (int i = 0; i < N; ++i) x[r][i] = x[r - Tile][i];

@@ -155,18 +155,11 @@ constexpr bool kIsWide = std::is_same_v<A, double>;
 template <class A>
 constexpr int kPer = 32 / (int)sizeof(A);
 
-// N elements of a tensor as they are stored; double only where A is.
-template <class A, int N>
-struct Raw {
-  template <class M>
+// N elements of a tensor as they are stored, in packs of at most 16 bytes.
+template <class M, int N>
+struct Stored {
   using P = Pack<M, (kPackBytes / (int)sizeof(M) < N ? kPackBytes / (int)sizeof(M) : N)>;
-  using W = std::conditional_t<kIsWide<A>, double, float>;
-  union {
-    P<float> f32[N / P<float>::kSize];
-    P<W> wide[N / P<W>::kSize];
-    P<__nv_bfloat16> bf16[N / P<__nv_bfloat16>::kSize];
-    P<__half> f16[N / P<__half>::kSize];
-  };
+  P packs[N / P::kSize];
 };
 
 template <int N, class P, int K>
@@ -200,42 +193,10 @@ __device__ inline void store_packs(Place t, int64_t at, int64_t n, const P (&pac
     if (i < n) to[i] = packs[i / P::kSize].v[i % P::kSize];
 }
 
-// Elements [at, at + N) of a tensor, of which n are there; zeros beyond. Every thread of a block has the same tensor,
-// so its type is no matter of diverging.
-template <class A, int N>
-__device__ inline void load_raw(Place t, int64_t at, int64_t n, Raw<A, N>& raw) {
-  switch (t.dtype) {
-    case DType::f32: return load_packs<N>(t, at, n, raw.f32);
-    case DType::f64: return load_packs<N>(t, at, n, raw.wide);
-    case DType::bf16: return load_packs<N>(t, at, n, raw.bf16);
-    case DType::f16: return load_packs<N>(t, at, n, raw.f16);
-  }
-}
-
-template <class A, int N>
-__device__ inline void store_raw(Place t, int64_t at, int64_t n, const Raw<A, N>& raw) {
-  switch (t.dtype) {
-    case DType::f32: return store_packs<N>(t, at, n, raw.f32);
-    case DType::f64: return store_packs<N>(t, at, n, raw.wide);
-    case DType::bf16: return store_packs<N>(t, at, n, raw.bf16);
-    case DType::f16: return store_packs<N>(t, at, n, raw.f16);
-  }
-}
-
 template <class A, int N, class P, int K>
 __device__ inline void widen_packs(const P (&packs)[K], A (&x)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) x[i] = (A)widen(packs[i / P::kSize].v[i % P::kSize]);
-}
-
-template <class A, int N>
-__device__ inline void widen_raw(const Raw<A, N>& raw, DType dtype, A (&x)[N]) {
-  switch (dtype) {
-    case DType::f32: return widen_packs(raw.f32, x);
-    case DType::f64: return widen_packs(raw.wide, x);
-    case DType::bf16: return widen_packs(raw.bf16, x);
-    case DType::f16: return widen_packs(raw.f16, x);
-  }
 }
 
 template <class A, int N, class P, int K>
@@ -246,25 +207,79 @@ __device__ inline void narrow_packs(const A (&x)[N], P (&packs)[K]) {
   for (int i = 0; i < N; ++i) narrow((B)x[i], &packs[i / P::kSize].v[i % P::kSize]);
 }
 
+// Calls body with room for N elements of a type; double only where A is. Every thread of a block has the same tensor,
+// so its type is no matter of diverging.
+template <class A, int N, class F>
+__device__ inline void with_stored(DType dtype, const F& body) {
+  switch (dtype) {
+    case DType::f32: return body(Stored<float, N>());
+    case DType::bf16: return body(Stored<__nv_bfloat16, N>());
+    case DType::f16: return body(Stored<__half, N>());
+    case DType::f64:
+      if constexpr (kIsWide<A>) body(Stored<double, N>());
+  }
+}
+
+// Elements [at, at + N) of a tensor, of which n are there; zeros beyond.
+template <class A, int N>
+__device__ inline void load_numbers(Place t, int64_t at, int64_t n, A (&x)[N]) {
+  with_stored<A, N>(t.dtype, [&](auto room) {
+    load_packs<N>(t, at, n, room.packs);
+    widen_packs(room.packs, x);
+  });
+}
+
 // Rounds once, to the type of the tensor.
 template <class A, int N>
 __device__ inline void store_numbers(Place t, int64_t at, int64_t n, const A (&x)[N]) {
-  Raw<A, N> raw;
-  switch (t.dtype) {
-    case DType::f32: narrow_packs(x, raw.f32); break;
-    case DType::f64: narrow_packs(x, raw.wide); break;
-    case DType::bf16: narrow_packs(x, raw.bf16); break;
-    case DType::f16: narrow_packs(x, raw.f16); break;
-  }
-  store_raw(t, at, n, raw);
+  with_stored<A, N>(t.dtype, [&](auto room) {
+    narrow_packs(x, room.packs);
+    store_packs<N>(t, at, n, room.packs);
+  });
 }
 
+// Elements on their way from memory: kept as they are stored until they are asked for, so that several tensors can be
+// waited for at once.
 template <class A, int N>
-__device__ inline void load_numbers(Place t, int64_t at, int64_t n, A (&x)[N]) {
-  Raw<A, N> raw;
-  load_raw(t, at, n, raw);
-  widen_raw(raw, t.dtype, x);
-}
+class Awaited {
+ public:
+  __device__ void load(Place t, int64_t at, int64_t n) {
+    dtype_ = t.dtype;
+    switch (t.dtype) {
+      case DType::bf16: return load_packs<N>(t, at, n, bf16_.packs);
+      case DType::f16: return load_packs<N>(t, at, n, f16_.packs);
+      default: return load_packs<N>(t, at, n, f32_.packs);
+    }
+  }
+  __device__ void get(A (&x)[N]) const {
+    switch (dtype_) {
+      case DType::bf16: return widen_packs(bf16_.packs, x);
+      case DType::f16: return widen_packs(f16_.packs, x);
+      default: return widen_packs(f32_.packs, x);
+    }
+  }
+
+ private:
+  union {
+    Stored<float, N> f32_;
+    Stored<__nv_bfloat16, N> bf16_;
+    Stored<__half, N> f16_;
+  };
+  DType dtype_;
+};
+
+template <int N>
+class Awaited<double, N> {
+ public:
+  __device__ void load(Place t, int64_t at, int64_t n) { load_numbers(t, at, n, numbers_); }
+  __device__ void get(double (&x)[N]) const {
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = numbers_[i];
+  }
+
+ private:
+  double numbers_[N];
+};
 
 // ---- partitions -----------------------------------------------------------------------------------------------------
 
