@@ -18,8 +18,8 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarp;
 constexpr unsigned kAll = 0xffffffffu;
-constexpr int64_t kFill = 512;     // thread blocks that are enough to keep a GPU busy
-constexpr int kDotSamples = 4;     // samples and
+constexpr int64_t kFill = kMaxBlocks < 512 ? kMaxBlocks : 512;  // thread blocks that are enough to keep a GPU busy
+constexpr int kDotSamples = 4;                                  // samples and
 constexpr int kClasses = 8;        // classes whose products a thread block holds in registers
 constexpr int kMoveSamples = 8;    // samples of a thread block where the gradient by x is made
 constexpr int kMoveClasses = 32;   // classes whose factors lie in shared memory meanwhile

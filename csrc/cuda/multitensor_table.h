@@ -18,7 +18,7 @@ namespace lists {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int64_t kFill = 2048;         // thread blocks that keep any GPU busy
+constexpr int64_t kFill = kMaxBlocks < 2048 ? kMaxBlocks : 2048;  // thread blocks that keep any GPU busy
 constexpr int64_t kMostRounds = 8;      // rounds of a thread block per chunk, where nothing else asks for more
 constexpr int64_t kPiece = 2048;        // elements of a round; chunks are whole pieces
 constexpr unsigned kAll = 0xffffffffu;  // lanes of a warp

@@ -142,8 +142,8 @@ inline void multitensor_cuda_selftest() {
                                    multitensor_sum_kernels().elect};
   const ListKernels kernels{lists, sums, "cuda "};
   const std::vector<DType> types = {DType::f32, DType::bf16, DType::f16, DType::f64};
-  // The last is more than a chunk, and more chunks than blocks.
-  const std::vector<std::vector<int64_t>> sizes = {{1}, {3, 0, 2049}, {17, 1, 64, 5, 9, 8}, {5, 4100, 1}};
+  // The last two are more than a chunk, and chunks of several rounds.
+  const std::vector<std::vector<int64_t>> sizes = {{1}, {3, 0, 2049}, {17, 1, 64, 5, 9, 8}, {5, 4100, 1}, {21003, 70}};
   uint64_t number = 0;
   for (const DType type : types) {
     for (const int count : {1, 2, 5, 9}) {
