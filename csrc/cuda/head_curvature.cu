@@ -77,19 +77,23 @@ struct Dots {
   T* out[2];  // (samples, classes)
 };
 
-// One number of 32 in each lane of a warp: lane l gets the sum over lanes of number l.
+// Halves the numbers a lane has: it keeps those of its half of the lanes and gives the others away. Numbers have to be
+// in registers, so every index is known when this is compiled.
+template <int Step, class T>
+__device__ inline void transpose(T (&v)[kWarp]) {
+  const bool upper = (threadIdx.x & Step) != 0;
+#pragma unroll
+  for (int i = 0; i < Step; ++i) {
+    const T kept = upper ? v[i + Step] : v[i], given = upper ? v[i] : v[i + Step];
+    v[i] = kept + __shfl_xor_sync(kAll, given, Step);
+  }
+  if constexpr (Step > 1) transpose<Step / 2>(v);
+}
+
+// Of 32 numbers in each lane of a warp, lane l gets the sum over lanes of number l.
 template <class T>
 __device__ inline T transposed_sum(T (&v)[kWarp]) {
-  const int lane = (int)(threadIdx.x % kWarp);
-#pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2) {
-#pragma unroll
-    for (int i = 0; i < step; ++i) {
-      const bool upper = (lane & step) != 0;
-      const T kept = upper ? v[i + step] : v[i], given = upper ? v[i] : v[i + step];
-      v[i] = kept + __shfl_xor_sync(kAll, given, step);
-    }
-  }
+  transpose<kWarp / 2>(v);
   return v[0];
 }
 
@@ -322,7 +326,7 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(const Sums<T> s) {
         factor[i / kClasses][i % kClasses] = c < s.classes ? s.left[(begin + i / kClasses) * s.classes + c] : T(0);
       }
       __syncthreads();
-#pragma unroll 4
+#pragma unroll(sizeof(T) == 8 ? 2 : 4)
       for (int n = warp; n < count; n += kWarps) {
         Q x = {};
         if (k < s.columns) x = load_pack<Q>(s.x + (begin + n) * s.columns + k);

@@ -19,7 +19,8 @@ constexpr int kWarps = kThreads / kWarp;
 constexpr unsigned kAll = 0xffffffffu;
 constexpr int64_t kFill = 512;       // thread blocks that keep a GPU busy
 constexpr int64_t kLeastLines = 32;  // lines that are worth a thread block of their own
-constexpr int kTogether = 4;         // lines whose numbers are on their way at once
+template <int P>
+constexpr int kTogether = P > 4 ? 2 : 4;  // lines whose numbers are on their way at once
 constexpr double kPooledEps = 1e-7, kPlusEps = 1e-6;
 
 // What is accumulated of an activation a, a gradient g and a weight. One tensor alone is given as the activation.
@@ -183,10 +184,10 @@ __global__ void __launch_bounds__(kThreads) across_kernel(const Reduction r) {
 #pragma unroll
       for (int p = 0; p < P; ++p) s[k][p] = start_of<A>(r.stat, k);
     if (i < r.length) {
-      for (int64_t line = begin + warp; line < end; line += kWarps * kTogether) {
-        A a[kTogether][P] = {}, g[kTogether][P] = {}, e[kTogether][P] = {};
+      for (int64_t line = begin + warp; line < end; line += kWarps * kTogether<P>) {
+        A a[kTogether<P>][P] = {}, g[kTogether<P>][P] = {}, e[kTogether<P>][P] = {};
 #pragma unroll
-        for (int u = 0; u < kTogether; ++u) {
+        for (int u = 0; u < kTogether<P>; ++u) {
           const int64_t own = line + u * kWarps;
           if (own >= end) continue;
           read<M, P>(r.act, b, own, i, a[u]);
@@ -197,7 +198,7 @@ __global__ void __launch_bounds__(kThreads) across_kernel(const Reduction r) {
           for (int p = 0; p < P; ++p) e[u][p] = w;
         }
 #pragma unroll
-        for (int u = 0; u < kTogether; ++u)
+        for (int u = 0; u < kTogether<P>; ++u)
           if (line + u * kWarps < end) step(r.stat, a[u], g[u], e[u], s);
       }
     }
