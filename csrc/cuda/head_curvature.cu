@@ -235,7 +235,7 @@ __device__ inline T jacobian(int64_t classes, const T* p, const T* rest, const G
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) samples_kernel(const Samples<T> s) {
+__global__ void __launch_bounds__(kThreads, 1) samples_kernel(const Samples<T> s) {
   const int64_t lane = threadIdx.x % kWarp, classes = s.classes;
   const int64_t warps = (int64_t)gridDim.x * kWarps;
   for (int64_t n = (int64_t)blockIdx.x * kWarps + threadIdx.x / kWarp; n < s.samples; n += warps) {
@@ -306,7 +306,7 @@ __device__ inline void put_result(const Result<T>& to, int64_t domain, int64_t c
 }
 
 template <class T, int P, bool Squared>
-__global__ void __launch_bounds__(kThreads) sums_kernel(const Sums<T> s) {
+__global__ void __launch_bounds__(kThreads, 1) sums_kernel(const Sums<T> s) {
   using Q = Pack<T, P>;
   constexpr int kWide = kWarp * P;  // columns of a thread block; its warps share the samples
   __shared__ T factor[kSumSamples][kClasses];

@@ -185,7 +185,8 @@ struct Gram {
 // from memory once.
 template <class A, int Tile>
 __global__ void __launch_bounds__(kThreads) gram_kernel(const Gram c) {
-  constexpr int N = 16 / (int)sizeof(A), kRows = 2 * Tile;
+  // Few numbers of each list where there are many: all of them have to fit in registers.
+  constexpr int N = (Tile > 4 ? 8 : 16) / (int)sizeof(A), kRows = 2 * Tile;
   __shared__ double memory[Tile][kWarps];
   const int64_t side = (c.lists + Tile - 1) / Tile, tiles = side * (side + 1) / 2;
   for (int64_t item = blockIdx.x; item < c.chunks * tiles; item += gridDim.x) {
@@ -203,7 +204,7 @@ __global__ void __launch_bounds__(kThreads) gram_kernel(const Gram c) {
       if (k < c.lists) row[r] = c.table.tensor(c.x + k * c.table.blocks + chunk.block);
     }
     // Not more than some hundred products are added in A.
-    constexpr int64_t kStep = kThreads * N * 2 * kMostRounds;
+    constexpr int64_t kStep = kThreads * 64;
     for (int64_t begin = 0; begin < chunk.count; begin += kStep) {
       const int64_t end = begin + kStep < chunk.count ? begin + kStep : chunk.count;
       A sum[Tile][Tile] = {};

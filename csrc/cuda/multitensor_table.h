@@ -19,7 +19,8 @@ namespace lists {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int64_t kFill = kMaxBlocks < 2048 ? kMaxBlocks : 2048;  // thread blocks that keep any GPU busy
-constexpr int64_t kMostRounds = 8;      // rounds of a thread block per chunk, where nothing else asks for more
+constexpr int64_t kMostRounds = 8;  // rounds of a thread block per chunk, where nothing else asks for more
+constexpr int64_t kMostSums = kMaxBlocks < 2048 ? 32 : (int64_t)1 << 23;  // of all chunks, where chunks can be longer
 constexpr int64_t kPiece = 2048;        // elements of a round; chunks are whole pieces
 constexpr unsigned kAll = 0xffffffffu;  // lanes of a warp
 
@@ -60,7 +61,7 @@ inline int64_t chunk_length(int64_t blocks, const int64_t* size, int64_t sums) {
   int64_t total = 0;
   for (int64_t j = 0; j < blocks; ++j) total += size[j];
   int64_t rounds = std::min(std::max<int64_t>(total / (kPiece * kFill), 1), kMostRounds);
-  while (kPiece * rounds < total && total / (kPiece * rounds) * sums > (int64_t)1 << 23) rounds *= 2;
+  while (kPiece * rounds < total && total / (kPiece * rounds) * sums > kMostSums) rounds *= 2;
   return kPiece * rounds;
 }
 
