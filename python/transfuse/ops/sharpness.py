@@ -170,7 +170,8 @@ def _kernel(
 
 def _scalar(name: str, value: Tensor | float, like: Tensor) -> Tensor:
     if not isinstance(value, Tensor):
-        return torch.tensor(_checks.number(name, value), dtype=torch.float64, device=like.device)
+        # Filled on the device: a copy from the host could not be captured in a CUDA graph.
+        return torch.full((), _checks.number(name, value), dtype=torch.float64, device=like.device)
     _checks.floating(name, value)
     if value.numel() != 1:
         raise ValueError(f"{name}: expected one number, got {_checks.describe(value)}")
