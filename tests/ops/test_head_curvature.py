@@ -393,4 +393,5 @@ def test_cuda_classes():
     x = torch.zeros(2, 3)
     assert _head_call.cuda_limit(x, torch.zeros(128, 3)) is None
     reason = _head_call.cuda_limit(x, torch.zeros(129, 3))
-    assert reason is not None and "129 classes are more than 128" in reason
+    assert reason is not None
+    assert "129 classes are more than 128" in reason
