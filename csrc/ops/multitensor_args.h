@@ -15,12 +15,12 @@ namespace transfuse {
 class __attribute__((visibility("hidden"))) Lists {
  public:
   // All tensors are on the device of `home`.
-  explicit Lists(const Tensor& home) : device_(home.device()) {}
+  explicit Lists(const Tensor& home) : device_(home.device()), on_cpu_(home.is_cpu()) {}
   // The first list decides the number of elements of each block; `blocks` may be 0 before it comes.
   void add(const TensorList& tensors, const char* name, bool may_be_absent = false) {
     for (size_t i = 0; i < tensors.size(); ++i) {
       const Tensor& t = tensors[i];
-      STD_TORCH_CHECK(t.device() == device_, name, "[", i, "] must be on the device of the first tensor");
+      STD_TORCH_CHECK(holds(t), name, "[", i, "] must be on the device of the first tensor");
       Flat flat;
       flat.dtype = dtype_of(t, name);
       const int64_t want = sizes_[i % sizes_.size()], got = t.numel();
@@ -36,7 +36,8 @@ class __attribute__((visibility("hidden"))) Lists {
   }
   void set_sizes(std::vector<int64_t> sizes) { sizes_ = std::move(sizes); }
 
-  const torch::stable::Device& device() const { return device_; }
+  // Whether a tensor is on the device; lists have hundreds of them, and the CPU is asked for in one call.
+  bool holds(const Tensor& t) const { return on_cpu_ ? t.is_cpu() : t.device() == device_; }
   int64_t blocks() const { return (int64_t)sizes_.size(); }
   const int64_t* sizes() const { return sizes_.data(); }
   const Flat* flats() const { return flats_.data(); }
@@ -54,6 +55,7 @@ class __attribute__((visibility("hidden"))) Lists {
 
  private:
   torch::stable::Device device_;
+  bool on_cpu_;
   std::vector<int64_t> sizes_;
   std::vector<Flat> flats_;
   TensorList copies_;
@@ -112,7 +114,7 @@ struct __attribute__((visibility("hidden"))) PartitionOf {
       partition.wide = ids[0].scalar_type() == ScalarType::UInt16;
       for (size_t j = 0; j < ids.size(); ++j) {
         const bool fits = ids[j].scalar_type() == (partition.wide ? ScalarType::UInt16 : ScalarType::Byte);
-        STD_TORCH_CHECK(ids[j].device() == blocks.device() && fits && ids[j].numel() == blocks.sizes()[j], "ids[", j,
+        STD_TORCH_CHECK(blocks.holds(ids[j]) && fits && ids[j].numel() == blocks.sizes()[j], "ids[", j,
                         "] must be bytes, or all of them uint16, an id per element, on the device of the others");
         pointers.push_back(ids[j].numel() > 0 ? copies.contiguous(ids[j]) : nullptr);
       }
