@@ -50,7 +50,10 @@ TOOLS = ("memcheck", "racecheck")
 # Ops of the benchmark (modules of this package) by backend, the most telling first, and the share
 # of the time that a backend gets; what the first leaves over goes to the second.
 TIMED = {
-    "cuda": (("token_merging", "diffusion", "adain"), 0.3),
+    "cuda": (
+        ("token_merging", "diffusion", "adain", "multitensor", "head_curvature", "saliency"),
+        0.3,
+    ),
     "triton": (
         (
             "attention",

@@ -66,9 +66,9 @@ def _ours(kind: str, bounds: list[int], backend: str) -> Callable[[Tensors], tor
             q = head_hessian_diagonal(*head, backend=backend, **options)
             mean = q.mean(0)
         else:
-            q = head_hessian_product(*head, g[:, None], **options)[:, 0]
+            q = head_hessian_product(*head, g[:, None], backend=backend, **options)[:, 0]
             with torch.no_grad():
-                mean = head_hessian_product(*head, g.mean(0), **options).mean(0)
+                mean = head_hessian_product(*head, g.mean(0), backend=backend, **options).mean(0)
         gaps = [(x - x_mean.detach()).flatten(1) for x, x_mean in ((q, mean), (g, g.mean(0)))]
         curvature, slope = (torch.bmm(x[:, None], x[..., None]).sum() for x in gaps)
         return nll + (ALPHA[kind] * curvature + BETA * slope) / len(q)

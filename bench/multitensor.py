@@ -309,6 +309,7 @@ def _sam(shapes: Shapes) -> Callable[[Setup], Workload]:
 
 def _ties(shapes: Shapes, count: int) -> Callable[[Setup], Workload]:
     def make(setup: Setup) -> Workload:
+        setup.need("ties_merge")
         tensors = _draw(setup, shapes, "base", setup.dtype)
         for i in range(count):
             tensors |= _draw(setup, shapes, f"d{i}", setup.dtype)

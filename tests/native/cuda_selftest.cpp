@@ -5,12 +5,18 @@
 
 #include "check.h"
 #include "cuda_adain_selftest.h"
+#include "cuda_head_curvature_selftest.h"
 #include "cuda_mix_selftest.h"
+#include "cuda_multitensor_selftest.h"
+#include "cuda_saliency_selftest.h"
 #include "cuda_token_merging_selftest.h"
 
 int main() {
   selftest::adain_cuda_selftest();
   selftest::mix_cuda_selftest();
+  selftest::head_curvature_cuda_selftest();
+  selftest::multitensor_cuda_selftest();
+  selftest::saliency_cuda_selftest();
   selftest::token_merging_cuda_selftest();
   const selftest::Tally& t = selftest::tally();
   std::printf("transfuse_cuda_selftest: %ld passed, %ld failed\n", t.passed, t.failed);

@@ -63,9 +63,10 @@ std::vector<T> narrowed(const std::vector<double>& from) {
   return std::vector<T>(from.begin(), from.end());
 }
 
+// Kernels of other devices than the CPU run in another order where another number of threads is asked for.
 template <class T>
-void check_head(uint64_t number, transfuse::HeadKind kind, const std::vector<int64_t>& offsets, int64_t columns,
-                int64_t classes, bool bias, bool shared) {
+void check_head(const transfuse::HeadKernels& kernels, uint64_t number, transfuse::HeadKind kind,
+                const std::vector<int64_t>& offsets, int64_t columns, int64_t classes, bool bias, bool shared) {
   Random r(number);
   HeadProblem problem{
       kind, offsets.back(), columns, classes, columns + (bias ? 1 : 0), offsets, bias, shared, {}, {}, {}, {}, {}};
@@ -108,13 +109,13 @@ void check_head(uint64_t number, transfuse::HeadKind kind, const std::vector<int
     args.shared = shared;
     args.out = out[run].data(), args.p = p.data(), args.rest = rest.data(), args.u = u.data();
     const auto parallel = run == 1 ? transfuse::std_thread_parallel(3) : transfuse::serial_parallel();
-    transfuse::head_kernels().forward(args, parallel);
+    kernels.forward(args, parallel);
     args.grad = grad.data();
     args.head_grad = true;
     args.x_grad = to_x[run].data(), args.weight_grad = to_weight[run].data();
     args.bias_grad = bias ? to_bias[run].data() : nullptr;
     args.vectors_grad = product ? to_vectors[run].data() : nullptr;
-    transfuse::head_kernels().backward(args, parallel);
+    kernels.backward(args, parallel);
   }
   check(out[0] == out[1] && to_x[0] == to_x[1] && to_weight[0] == to_weight[1] && to_bias[0] == to_bias[1] &&
             to_vectors[0] == to_vectors[1],
@@ -162,8 +163,9 @@ inline void head_curvature_selftest() {
       for (const int64_t columns : {0, 1, 15, 17, 48, 97})
         for (const int64_t classes : {1, 2, 5, 9}) {
           const bool bias = ++number % 2 == 0 || columns == 0, shared = number % 3 == 0;
-          check_head<float>(number, kind, offsets, columns, classes, bias, shared);
-          check_head<double>(number, kind, offsets, columns, classes, !bias || columns == 0, shared);
+          check_head<float>(transfuse::head_kernels(), number, kind, offsets, columns, classes, bias, shared);
+          check_head<double>(transfuse::head_kernels(), number, kind, offsets, columns, classes, !bias || columns == 0,
+                             shared);
         }
 }
 

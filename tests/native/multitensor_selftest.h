@@ -49,11 +49,18 @@ inline int64_t naive_part(const std::vector<uint8_t>* ids, int64_t key, int64_t 
   return ((bits >> 16) * (uint64_t)count) >> 16;
 }
 
-inline void check_combination(uint64_t number, const std::vector<int64_t>& sizes, int lists, DType first, DType type,
-                              int mode, int parts) {
+// The kernels under test. Those of other devices run twice for two numbers of threads, in another order of their own.
+struct ListKernels {
+  const transfuse::MultitensorKernels& lists;
+  const transfuse::MultitensorSumKernels& sums;
+  std::string name;
+};
+
+inline void check_combination(const ListKernels& kernels, uint64_t number, const std::vector<int64_t>& sizes, int lists,
+                              DType first, DType type, int mode, int parts) {
   Random r(number);
   const int64_t blocks = (int64_t)sizes.size();
-  const std::string name = "lincomb " + std::to_string(number);
+  const std::string name = kernels.name + "lincomb " + std::to_string(number);
   Tensors base(r, sizes, 1, {first}, false), deltas(r, sizes, lists, {type, first}, false);
   Tensors out(r, sizes, 1, {first}, true), again(r, sizes, 1, {first}, true);
   std::vector<double> c((size_t)(lists * blocks * parts)), sums(c.size()), sums3(c.size());
@@ -80,8 +87,8 @@ inline void check_combination(uint64_t number, const std::vector<int64_t>& sizes
     const auto parallel = threads ? transfuse::std_thread_parallel(3) : transfuse::serial_parallel();
     args.out = (threads ? again : out).flats.data();
     dots.sums = (threads ? sums3 : sums).data();
-    transfuse::multitensor_kernels().lincomb(args, parallel);
-    transfuse::multitensor_kernels().block_dots(dots, parallel);
+    kernels.lists.lincomb(args, parallel);
+    kernels.lists.block_dots(dots, parallel);
   }
   check(same(out, again) && sums == sums3, name + ": 3 threads give other bits");
   const double eps = epsilon(first == DType::f64 || type == DType::f64 ? DType::f64 : DType::f32);
@@ -103,10 +110,11 @@ inline void check_combination(uint64_t number, const std::vector<int64_t>& sizes
   check(worst_sum <= 200 * 2049 * eps, name + ": sums off by " + std::to_string(worst_sum));
 }
 
-inline void check_reductions(uint64_t number, const std::vector<int64_t>& sizes, int lists, DType type) {
+inline void check_reductions(const ListKernels& list_kernels, uint64_t number, const std::vector<int64_t>& sizes,
+                             int lists, DType type) {
   Random r(number);
   const int64_t blocks = (int64_t)sizes.size();
-  const std::string name = "lists " + std::to_string(number);
+  const std::string name = list_kernels.name + "lists " + std::to_string(number);
   Tensors x(r, sizes, lists, {type}, false), w(r, sizes, lists, {type}, false);
   for (Array& a : w.arrays)
     a.each([&](int64_t i, int64_t, int64_t, int64_t) { a.set(i, 0, 0, 0, std::fabs(a.get(i, 0, 0))); });
@@ -124,7 +132,7 @@ inline void check_reductions(uint64_t number, const std::vector<int64_t>& sizes,
   const int64_t rank = total * 3 / 5;
   for (const bool threads : {false, true}) {
     const auto parallel = threads ? transfuse::std_thread_parallel(3) : transfuse::serial_parallel();
-    const auto& kernels = transfuse::multitensor_sum_kernels();
+    const auto& kernels = list_kernels.sums;
     transfuse::GramArgs g;
     g.blocks = blocks, g.size = sizes.data(), g.lists = lists, g.x = x.flats.data();
     g.products = (threads ? gram3 : gram).data();
@@ -137,7 +145,7 @@ inline void check_reductions(uint64_t number, const std::vector<int64_t>& sizes,
     m.blocks = blocks, m.size = sizes.data(), m.models = lists, m.settings = 2, m.thetas = x.flats.data();
     m.weights = w.flats.data(), m.out = (threads ? mean3 : mean).flats.data(), m.coefficients = c.data();
     m.floors = floors.data(), m.refused = &refused;
-    transfuse::multitensor_kernels().ratio(m, parallel);
+    list_kernels.lists.ratio(m, parallel);
     for (int64_t k = 0; k < lists && total > 0; ++k) {
       transfuse::SelectArgs s;
       s.blocks = blocks, s.size = sizes.data(), s.x = x.flats.data() + k * blocks, s.rank = rank;
@@ -152,7 +160,7 @@ inline void check_reductions(uint64_t number, const std::vector<int64_t>& sizes,
   transfuse::PerturbArgs p;
   p.blocks = blocks, p.size = sizes.data(), p.x = moved.flats.data(), p.grads = w.flats.data();
   p.backup = kept.flats.data(), p.factor = 0.5, p.adaptive = true;
-  transfuse::multitensor_sum_kernels().perturb(p, transfuse::std_thread_parallel(3));
+  list_kernels.sums.perturb(p, transfuse::std_thread_parallel(3));
   check(gram == gram3 && norms == norms3 && values == values3 && same(mean, mean3) && same(elected, elected3),
         name + ": 3 threads give other bits");
   check(refused == 0, name + ": weights refused");
@@ -207,12 +215,14 @@ inline void check_reductions(uint64_t number, const std::vector<int64_t>& sizes,
 inline void multitensor_selftest() {
   const std::vector<DType> types = {DType::f32, DType::bf16, DType::f16, DType::f64};
   const std::vector<std::vector<int64_t>> sizes = {{1}, {3, 0, 2049}, {17, 33000, 1, 64}, {5, 4096}};
+  const ListKernels kernels{transfuse::multitensor_kernels(), transfuse::multitensor_sum_kernels(), ""};
   uint64_t number = 0;
   for (const DType type : types)
     for (const int lists : {1, 2, 3, 5, 9}) {
       const auto& size = sizes[number % sizes.size()];
-      check_combination(number, size, lists, types[(number / 3) % 4], type, (int)(number % 3), number % 3 == 0 ? 1 : 5);
-      check_reductions(number, size, lists > 5 ? 6 : lists, type);
+      check_combination(kernels, number, size, lists, types[(number / 3) % 4], type, (int)(number % 3),
+                        number % 3 == 0 ? 1 : 5);
+      check_reductions(kernels, number, size, lists > 5 ? 6 : lists, type);
       ++number;
     }
 }

@@ -17,6 +17,8 @@ pytestmark = pytest.mark.gpu
 
 KERNELS = [(s, b) for s in all_specs() for b in s.backends if b in backends.ON_CUDA]
 IDS = [f"{spec.name}-{backend}" for spec, backend in KERNELS]
+# It refuses numbers that do not fit, so it waits for them: nothing to capture.
+WAITS = frozenset({"ratio_merge"})
 GOLDEN = golden.load("ops_token_merging")
 
 
@@ -55,6 +57,8 @@ def test_another_stream(spec, backend, device_for):
 @pytest.mark.parametrize(("spec", "backend"), KERNELS, ids=IDS)
 def test_cuda_graph(spec, backend, device_for):
     """A call can be captured, and replayed on other numbers in the same memory."""
+    if spec.name in WAITS:
+        pytest.skip(f"{spec.name} looks at numbers")
     args, call = call_of(spec, device_for(spec, backend, torch.float32))
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):

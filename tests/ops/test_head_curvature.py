@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from transfuse import ops
-from transfuse.ops import _head_distance, _head_hutchinson
+from transfuse.ops import _head_call, _head_distance, _head_hutchinson
 from transfuse.ops._rademacher import rademacher
 from transfuse.testing.specs import find_spec
 
@@ -386,3 +386,12 @@ def test_raw_ops_refuse_what_would_read_out_of_bounds(cpu):
     p = torch.zeros(6, 2)
     with pytest.raises(RuntimeError, match="grad must have shape"):
         raw.head_backward(x, p, p, p[:0], x, w, b, None, None, [0, 6], True, True, True)
+
+
+def test_cuda_classes():
+    """Larger heads are torch's: the CUDA kernels say so, and take the others."""
+    x = torch.zeros(2, 3)
+    assert _head_call.cuda_limit(x, torch.zeros(128, 3)) is None
+    reason = _head_call.cuda_limit(x, torch.zeros(129, 3))
+    assert reason is not None
+    assert "129 classes are more than 128" in reason

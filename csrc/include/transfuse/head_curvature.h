@@ -49,4 +49,11 @@ struct HeadKernels {
 // The kernels of the ISA level in use (see isa.h).
 const HeadKernels& head_kernels();
 
+// The CUDA kernels, in a library of their own. Tensors are device memory, offsets are the host's and read before a call
+// returns. `memory` holds head_cuda_memory 8-byte words; `stream` is a cudaStream_t of the current device. The message
+// of an error, or nullptr.
+int64_t head_cuda_memory(const HeadArgs&, bool backward);
+const char* head_forward_cuda(const HeadArgs&, void* memory, void* stream);
+const char* head_backward_cuda(const HeadArgs&, void* memory, void* stream);
+
 }  // namespace transfuse

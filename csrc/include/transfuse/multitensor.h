@@ -139,4 +139,24 @@ struct MultitensorSumKernels {
 const MultitensorKernels& multitensor_kernels();
 const MultitensorSumKernels& multitensor_sum_kernels();
 
+// The CUDA kernels, in a library of their own. Tensors, ids, coefficients and results are device memory; sizes, keys,
+// floors and the blocks themselves are the host's, read before a call returns. `memory` holds as many 8-byte words as
+// the function beside it says; `stream` is a cudaStream_t of the current device. All return the message of an error,
+// or nullptr.
+int64_t lincomb_cuda_memory(const LincombArgs&);
+const char* lincomb_cuda(const LincombArgs&, void* memory, void* stream);
+int64_t block_dots_cuda_memory(const BlockDotsArgs&);
+const char* block_dots_cuda(const BlockDotsArgs&, void* memory, void* stream);
+int64_t ratio_cuda_memory(const RatioArgs&);
+const char* ratio_cuda(const RatioArgs&, void* memory, void* stream);
+int64_t gram_cuda_memory(const GramArgs&);
+const char* gram_cuda(const GramArgs&, void* memory, void* stream);
+int64_t norm_cuda_memory(const NormArgs&);
+const char* norm_cuda(const NormArgs&, void* memory, void* stream);
+// The factor is `factor`, on the device, not that of the arguments.
+int64_t perturb_cuda_memory(const PerturbArgs&);
+const char* perturb_cuda(const PerturbArgs&, const double* factor, void* memory, void* stream);
+int64_t copy_cuda_memory(const CopyArgs&);
+const char* copy_cuda(const CopyArgs&, void* memory, void* stream);
+
 }  // namespace transfuse

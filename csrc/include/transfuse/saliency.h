@@ -55,4 +55,12 @@ struct SaliencyKernels {
 // The kernels of the ISA level in use (see isa.h).
 const SaliencyKernels& saliency_kernels();
 
+// The CUDA kernels, in a library of their own. All pointers are device memory; `memory` holds as many numbers of the
+// type of `out` as the function beside it says; `stream` is a cudaStream_t of the current device. The message of an
+// error, or nullptr.
+int64_t grad_map_cuda_memory(const GradMapArgs&);
+const char* grad_map_cuda(const GradMapArgs&, void* memory, void* stream);
+int64_t normgrad_cuda_memory(const NormGradArgs&);
+const char* normgrad_cuda(const NormGradArgs&, void* memory, void* stream);
+
 }  // namespace transfuse

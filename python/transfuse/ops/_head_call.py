@@ -152,6 +152,19 @@ def fit_vectors(name: str, value: Tensor, given: Head) -> Tensor:
     return value.to(given.features.dtype)
 
 
+CUDA_CLASSES = 128
+
+
+def cuda_limit(features: Tensor, weight: Tensor | None = None, *_: Tensor) -> str | None:
+    """Why the CUDA kernels do not take a head of this size; None if they do."""
+    if weight is not None and weight.dim() == 2 and weight.shape[0] > CUDA_CLASSES:
+        return (
+            f"{weight.shape[0]} classes are more than {CUDA_CLASSES}: products of that size are "
+            "what torch's matrix products do best"
+        )
+    return None
+
+
 def full_precision(like: Tensor) -> AbstractContextManager:
     """Switches autocast off where it is on: statistics are float32 at least."""
     kind = like.device.type

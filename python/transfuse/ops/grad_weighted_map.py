@@ -12,7 +12,7 @@ from transfuse.ops._saliency_reference import weighted_map
 
 __all__ = ["grad_weighted_map"]
 
-_backend.declare("grad_weighted_map", ("reference", "cpu", "triton"))
+_backend.declare("grad_weighted_map", ("reference", "cpu", "triton", "cuda"))
 if _native.status().loaded:
     _saliency_ops.register()
 
@@ -47,7 +47,8 @@ def grad_weighted_map(
         method: how the weights are made, see above.
         layout: ``"nchw"``: (B, C, h, w) or (B, C, d, h, w); ``"nhwc"``: (B, h, w, C) or
             (B, d, h, w, C); ``"tokens"``: (B, T, C).
-        backend: None, ``"reference"``, ``"cpu"`` or ``"triton"``; a named one never falls back.
+        backend: None, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``; a named one never
+            falls back.
 
     Returns:
         (B, h, w), (B, d, h, w) or (B, T) in float32 (float64 for float64), before any ReLU.

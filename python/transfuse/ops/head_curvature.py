@@ -20,7 +20,7 @@ __all__ = [
 
 _backend.declare("head_hessian_trace", ("reference",))
 for _name in ("head_gradient", "head_hessian_diagonal", "head_hessian_product", "head_hgp"):
-    _backend.declare(_name, ("reference", "cpu"))
+    _backend.declare(_name, ("reference", "cpu", "cuda"))
 if _native.status().loaded:
     _head_core.register()
 
@@ -50,7 +50,7 @@ def head_gradient(
             int64 or int32 tensor, whose entries are read): domain e has the samples
             ``segments[e]`` to ``segments[e + 1] - 1``, at least one. None: all samples are one
             domain.
-        backend: None, ``"reference"`` or ``"cpu"``.
+        backend: None, ``"reference"``, ``"cpu"`` or ``"cuda"`` (up to 128 classes).
 
     Returns:
         (E, C, D), without ``segments`` (C, D): gradient by weight in the first d columns, by bias
@@ -85,7 +85,8 @@ def head_gradient(
     """
     head = _head_call.head(features, weight, bias, segments)
     targets = _head_call.targets(labels, head.features, head.classes)
-    run = _kernel if _chosen("head_gradient", backend, head) == "cpu" else _head_core.composed
+    chosen = _chosen("head_gradient", backend, head)
+    run = _head_core.composed if chosen == "composed" else _kernel
     with full_precision(head.features):
         return head.segments.shape(run(head, targets, None))
 
@@ -110,7 +111,7 @@ def head_hessian_diagonal(
         weight: (C, d); C = 1 is the binary head.
         bias: (C,) or None.
         segments: offsets of the domains, or None.
-        backend: None, ``"reference"`` or ``"cpu"``.
+        backend: None, ``"reference"``, ``"cpu"`` or ``"cuda"`` (up to 128 classes).
 
     Returns:
         (E, C, D), without ``segments`` (C, D); layout and dtype of :func:`head_gradient`.
@@ -138,7 +139,7 @@ def head_hessian_diagonal(
     """
     head = _head_call.head(features, weight, bias, segments)
     chosen = _chosen("head_hessian_diagonal", backend, head)
-    run = _kernel if chosen == "cpu" else _head_core.composed
+    run = _head_core.composed if chosen == "composed" else _kernel
     with full_precision(head.features):
         return head.segments.shape(run(head, None, None))
 
@@ -147,7 +148,11 @@ def _chosen(op: str, backend: str | None, head: Head) -> str:
     """The backend that runs. Transforms and forward mode take the composition, whose derivatives of
     any order and direction are torch's own."""
     chosen = _backend.choose(op, backend, head.features.device, head.features.dtype)
-    return "composed" if chosen != "cpu" or transformed() else "cpu"
+    if chosen == "cuda":
+        reason = _head_call.cuda_limit(head.features, head.weight)
+        if reason is not None:
+            raise RuntimeError(f"{op}: backend 'cuda' cannot run: {reason}")
+    return "composed" if chosen == "reference" or transformed() else chosen
 
 
 def _kernel(head: Head, targets: Tensor | None, vectors: Tensor | None) -> Tensor:
@@ -231,7 +236,7 @@ def head_hessian_product(
         vectors: (C, D), one for all domains; (R, C, D), R of them for all domains; or
             (E, R, C, D), R for each. Floating; D and its columns as in :func:`head_gradient`.
         segments: offsets of the domains, or None.
-        backend: None, ``"reference"`` or ``"cpu"``.
+        backend: None, ``"reference"``, ``"cpu"`` or ``"cuda"`` (up to 128 classes).
 
     Returns:
         (E, R, C, D): without E if there are no ``segments``, without R for one vector (C, D).
@@ -242,7 +247,7 @@ def head_hessian_product(
 
     Notes:
         4 N R C d operations beside the logits. Differentiable in vectors as well. With one vector
-        for each domain, or for all, the CPU kernel runs; R of them are a composition of matrix
+        for each domain, or for all, a kernel runs; R of them are a composition of matrix
         products R times as large, which torch's GEMM does best. Else as :func:`head_gradient`.
 
     Example:
@@ -261,7 +266,7 @@ def head_hessian_product(
     chosen = _chosen("head_hessian_product", backend, head)
     many = vectors[None] if vectors.dim() == 2 else vectors
     with full_precision(head.features):
-        if chosen == "cpu" and (many.shape[-3] == 1 or backend is not None):
+        if chosen != "composed" and (many.shape[-3] == 1 or backend is not None):
             # The runs are the first axis, or the one behind the domains.
             own = many[:, None] if many.dim() == 3 else many.transpose(0, 1)
             parts = [_kernel(head, None, own[run]) for run in range(own.shape[0])]
@@ -290,7 +295,7 @@ def head_hgp(
         bias: (C,) or None.
         labels: (N,), as in :func:`head_gradient`.
         segments: offsets of the domains, or None.
-        backend: None, ``"reference"`` or ``"cpu"``.
+        backend: None, ``"reference"``, ``"cpu"`` or ``"cuda"`` (up to 128 classes).
 
     Returns:
         (E, C, D), without ``segments`` (C, D); layout and dtype of :func:`head_gradient`.
@@ -321,6 +326,6 @@ def head_hgp(
     targets = _head_call.targets(labels, head.features, head.classes)
     chosen = _chosen("head_hgp", backend, head)
     with full_precision(head.features):
-        if chosen != "cpu":
+        if chosen == "composed":
             return head.segments.shape(_head_reference.hgp(head, targets))
         return head.segments.shape(_kernel(head, None, _kernel(head, targets, None)))

@@ -17,9 +17,9 @@ from transfuse.ops._multitensor_core import CALLS, RAW, Static, pack_lists
 
 __all__ = ["lincomb", "multi_dot", "multi_gram", "multi_norm"]
 
-_backend.declare("lincomb", ("reference", "cpu", "triton"))
+_backend.declare("lincomb", ("reference", "cpu", "triton", "cuda"))
 for _name in ("multi_dot", "multi_gram", "multi_norm"):
-    _backend.declare(_name, ("reference", "cpu"))
+    _backend.declare(_name, ("reference", "cpu", "cuda"))
 if _native.status().loaded:
     _multitensor_ops.register()
 
@@ -45,7 +45,8 @@ def lincomb(
         partition: which of K coefficients each element has: m tensors of uint8 or uint16, in the
             shapes of the lists (an id of K or more: none of the lists there), or an integer, the
             seed of a hash of the element's number, which costs no memory.
-        backend: None, ``"reference"``, ``"cpu"`` or ``"triton"``; a named one never falls back.
+        backend: None, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``; a named one never
+            falls back.
 
     Returns:
         m contiguous tensors in the dtypes of the base, or of the first list.
@@ -87,7 +88,7 @@ def lincomb(
     watched = needs_derivative(tensors)
     if watched and not torch.compiler.is_compiling():
         return list(CALLS.lincomb(static, tensors))
-    if not watched and chosen == "cpu" and not torch.compiler.is_compiling():
+    if not watched and chosen in ("cpu", "cuda") and not torch.compiler.is_compiling():
         # Past the autograd kernel, which costs as much as a small call.
         with torch._C._AutoDispatchBelowAutograd():
             return list(core.lincomb_forward(static, tensors))
@@ -110,7 +111,7 @@ def multi_norm(
         ord: p: 1, 2 or inf.
         scale: factors of the elements, a list of the same shapes (the parameters, for the norm of
             an adaptive sharpness-aware step).
-        backend: None, ``"reference"`` or ``"cpu"``; a named one never falls back.
+        backend: None, ``"reference"``, ``"cpu"`` or ``"cuda"``; a named one never falls back.
 
     Returns:
         0-dimensional, float32 (float64 if any tensor is).
@@ -137,7 +138,7 @@ def multi_norm(
         return composed.normed(found, order, factors)
     chosen = _backend.choose("multi_norm", backend, found[0].device, call_dtype(known))
     watched = needs_derivative(known)
-    if chosen != "cpu" or (watched and order != 2):
+    if chosen == "composed" or (watched and order != 2):
         return composed.normed(found, order, factors)
     if watched:
         terms = [x * s for x, s in zip(found, factors, strict=True)] if factors else found
@@ -158,7 +159,7 @@ def multi_dot(xs: Sequence[Tensor], ys: Sequence[Tensor], *, backend: str | None
     Args:
         xs: any shapes, floating, one device.
         ys: of the same shapes.
-        backend: None, ``"reference"`` or ``"cpu"``; a named one never falls back.
+        backend: None, ``"reference"``, ``"cpu"`` or ``"cuda"``; a named one never falls back.
 
     Returns:
         0-dimensional, float32 (float64 if any tensor is).
@@ -193,7 +194,7 @@ def multi_gram(lists: Sequence[Sequence[Tensor | None]], *, backend: str | None 
     Args:
         lists: T lists of m tensors of the same shapes, floating; None counts as zeros (a parameter
             that a loss does not reach).
-        backend: None, ``"reference"`` or ``"cpu"``; a named one never falls back.
+        backend: None, ``"reference"``, ``"cpu"`` or ``"cuda"``; a named one never falls back.
 
     Returns:
         (T, T), symmetric to the bit, float32 (float64 if any tensor is).
@@ -221,7 +222,7 @@ def multi_gram(lists: Sequence[Sequence[Tensor | None]], *, backend: str | None 
     if backend == "reference":
         return composed.grammed(found)
     chosen = _backend.choose("multi_gram", backend, known[0].device, call_dtype(known))
-    if chosen != "cpu":
+    if chosen == "composed":
         return composed.grammed(found)
     if needs_derivative(known):
         rows = _without_none(found)

@@ -14,7 +14,7 @@ from transfuse.ops._saliency_reference import normgrad
 
 __all__ = ["normgrad_map"]
 
-_backend.declare("normgrad_map", ("reference", "cpu", "triton"))
+_backend.declare("normgrad_map", ("reference", "cpu", "triton", "cuda"))
 if _native.status().loaded:
     _saliency_ops.register()
 
@@ -63,7 +63,8 @@ def normgrad_map(
         stride: of the convolution.
         padding: of the convolution, by zeros.
         dilation: of the convolution.
-        backend: None, ``"reference"``, ``"cpu"`` or ``"triton"``; a named one never falls back.
+        backend: None, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``; a named one never
+            falls back.
 
     Returns:
         (B, h, w), (B, d, h, w) or (B, T) at the locations of grad, float32 (float64 for float64).

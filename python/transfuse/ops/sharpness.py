@@ -21,8 +21,8 @@ from transfuse.ops.multitensor import multi_norm
 
 __all__ = ["Perturbation", "sam_perturb_", "sam_restore_"]
 
-_backend.declare("sam_perturb_", ("reference", "cpu"))
-_backend.declare("sam_restore_", ("reference", "cpu"))
+_backend.declare("sam_perturb_", ("reference", "cpu", "cuda"))
+_backend.declare("sam_restore_", ("reference", "cpu", "cuda"))
 
 
 class Perturbation(NamedTuple):
@@ -59,7 +59,7 @@ def sam_perturb_(
         eps: added to the norm.
         norm: to divide by instead of that of these lists (for parameters in several groups), 0-dim.
         backup: tensors of the same shapes and dtypes to keep the parameters in; None: new ones.
-        backend: None, ``"reference"`` or ``"cpu"``; a named one never falls back.
+        backend: None, ``"reference"``, ``"cpu"`` or ``"cuda"``; a named one never falls back.
 
     Returns:
         ``Perturbation(backup, norm)``; :func:`sam_restore_` takes the first.
@@ -124,7 +124,7 @@ def sam_restore_(
     Args:
         params: as given to :func:`sam_perturb_`; written.
         backup: what it returned.
-        backend: None, ``"reference"`` or ``"cpu"``; a named one never falls back.
+        backend: None, ``"reference"``, ``"cpu"`` or ``"cuda"``; a named one never falls back.
 
     Returns:
         None.
@@ -165,12 +165,13 @@ def _kernel(
     fits = all(t.is_contiguous() for part in written for t in part)
     if not fits and backend is not None:
         raise RuntimeError(f"{op}: backend {backend!r} cannot run: a tensor is not contiguous")
-    return chosen == "cpu" and fits
+    return chosen != "composed" and fits
 
 
 def _scalar(name: str, value: Tensor | float, like: Tensor) -> Tensor:
     if not isinstance(value, Tensor):
-        return torch.tensor(_checks.number(name, value), dtype=torch.float64, device=like.device)
+        # Filled on the device: a copy from the host could not be captured in a CUDA graph.
+        return torch.full((), _checks.number(name, value), dtype=torch.float64, device=like.device)
     _checks.floating(name, value)
     if value.numel() != 1:
         raise ValueError(f"{name}: expected one number, got {_checks.describe(value)}")

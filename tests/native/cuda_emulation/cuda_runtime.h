@@ -82,3 +82,18 @@ template <class T>
 T __shfl_sync(unsigned mask, T value, int lane) {
   return transfuse_exchange(mask, value, (unsigned)lane);
 }
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+  transfuse_check_mask(mask);
+  uint64_t* slots = emulation::exchange_slots();
+  slots[threadIdx.x % 32] = predicate != 0;
+  emulation::wait_for_warp();
+  unsigned found = 0;
+  for (unsigned lane = 0; lane < 32; ++lane) found |= (unsigned)slots[lane] << lane;
+  return found;
+}
+inline float __int_as_float(int x) {
+  float f;
+  std::memcpy(&f, &x, sizeof f);
+  return f;
+}
+inline int __popc(unsigned x) { return __builtin_popcount(x); }

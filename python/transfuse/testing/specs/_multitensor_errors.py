@@ -83,7 +83,7 @@ LINCOMB = (
         partition=[torch.zeros(2, 3, dtype=torch.int64)] * 2,
     ),
     _lincomb("backend", ValueError, "backend: expected one of", backend="opencl"),
-    _lincomb("backend cuda", RuntimeError, "lincomb has no cuda kernel", backend="cuda"),
+    _lincomb("backend cuda", RuntimeError, "backend 'cuda' cannot run", backend="cuda"),
 )
 
 

@@ -16,6 +16,7 @@ from transfuse.ops import (
     head_hgp,
     head_hutchinson_diagonal,
 )
+from transfuse.testing import backends
 from transfuse.testing.spec import BadCase, CallArgs, Case, OpSpec, RawCall, Tensors
 
 # Half inputs are taken to float32. float64 is what derivatives are checked in by differences.
@@ -281,7 +282,7 @@ def _raw_calls(kind: str) -> Callable[[str], tuple[RawCall, ...]]:
     """The registered C++ ops, with and without gradients."""
 
     def calls(backend: str) -> tuple[RawCall, ...]:
-        if backend != "cpu":
+        if not backends.native(backend):
             return ()
         ops, found = torch.ops.transfuse, []
         for grad in (False, True):
@@ -328,14 +329,14 @@ def _reference(op: Op) -> Op:
 def _spec(
     op: Op, kind: str, products: int, *, kernel: bool = False, widths: bool = False
 ) -> OpSpec:
-    """``kernel``: it has a CPU kernel; ``widths``: one of its own, tried at all its widths."""
+    """``kernel``: it has kernels; ``widths``: one of its own, tried at all its widths."""
     return OpSpec(
         name=op.__name__,
         op=op,
         reference=_reference(op),
         cases=_cases(kind, widths),
         dtypes=DTYPES,
-        backends=("reference", "cpu") if kernel else ("reference",),
+        backends=("reference", "cpu", "cuda") if kernel else ("reference",),
         flops=_flops(products),
         bytes=_bytes,
         errors=_errors(kind),

@@ -26,6 +26,7 @@ from transfuse.ops._multitensor_reference import (
 )
 from transfuse.ops.ratio_merge import ratio_merge_reference
 from transfuse.ops.ties import ties_merge_reference
+from transfuse.testing import backends
 from transfuse.testing.spec import CallArgs, Case, OpSpec, RawCall, Tensors
 from transfuse.testing.specs import _multitensor_errors as errors
 
@@ -170,7 +171,7 @@ def _fuzz(choose: Callable[[Sequence[object]], object]) -> Case:
 
 
 def _lincomb_raw(backend: str) -> tuple[RawCall, ...]:
-    if backend != "cpu":
+    if not backends.native(backend):
         return ()
     generator = torch.Generator().manual_seed(0)
     calls = []
@@ -260,7 +261,7 @@ SPECS = (
         lincomb_reference,
         tuple(plan.combination(name, tags) for name, (plan, tags) in _LINCOMB.items()),
         errors.LINCOMB,
-        backends=("reference", "cpu", "triton"),
+        backends=("reference", "cpu", "triton", "cuda"),
         gradcheck=("per tensor", "ids", "hash"),
         refuses=_REFUSES,
         vanishing=_LINEAR,
@@ -281,7 +282,7 @@ SPECS = (
             }
         ),
         errors.NORM,
-        backends=("reference", "cpu"),
+        backends=("reference", "cpu", "cuda"),
         gradcheck=("one tensor",),
         refuses=_REFUSES,
     ),
@@ -297,7 +298,7 @@ SPECS = (
             }
         ),
         errors.GRAM,
-        backends=("reference", "cpu"),
+        backends=("reference", "cpu", "cuda"),
         gradcheck=("one tensor",),
         refuses=_REFUSES,
     ),
@@ -312,7 +313,7 @@ SPECS = (
             }
         ),
         errors.RATIO,
-        backends=("reference", "cpu"),
+        backends=("reference", "cpu", "cuda"),
         gradcheck=("two models",),
         underivable=_UNDERIVABLE + "|does not run inside torch.compile",
     ),

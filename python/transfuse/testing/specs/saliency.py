@@ -9,6 +9,7 @@ import torch
 
 from transfuse.ops import grad_weighted_map, normgrad_map
 from transfuse.ops._saliency_reference import grad_weighted_map_reference, normgrad_map_reference
+from transfuse.testing import backends
 from transfuse.testing.spec import BadCase, CallArgs, Case, OpSpec, RawCall, Tensors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -214,7 +215,7 @@ _SHARED = (
     _bad("layout class", ValueError, "layout: expected one of", layout=["nchw"]),
     _bad("tokens", ValueError, r"act: expected \(B, T, C\)", layout="tokens"),
     _bad("backend", ValueError, "backend: expected one of", backend="opencl"),
-    _bad("backend cuda", RuntimeError, "has no cuda kernel", backend="cuda"),
+    _bad("backend cuda", RuntimeError, "backend 'cuda' cannot run", backend="cuda"),
 )
 
 _TOKENS = {"act": torch.zeros(2, 4, 5), "grad": torch.zeros(2, 4, 5), "layout": "tokens"}
@@ -222,7 +223,7 @@ _TOKENS = {"act": torch.zeros(2, 4, 5), "grad": torch.zeros(2, 4, 5), "layout": 
 
 def _raw_calls(weighted: bool) -> Callable[[str], tuple[RawCall, ...]]:
     def calls(backend: str) -> tuple[RawCall, ...]:
-        if backend != "cpu":
+        if not backends.native(backend):
             return ()
         generator = torch.Generator().manual_seed(0)
         found = []
@@ -264,7 +265,7 @@ SPECS = (
         reference=grad_weighted_map_reference,
         cases=tuple(plan.case(name, tags) for name, (plan, tags) in _MAPS.items()),
         dtypes=DTYPES,
-        backends=("reference", "cpu", "triton"),
+        backends=("reference", "cpu", "triton", "cuda"),
         flops=lambda args: 2 * _numbers(args),
         bytes=_bytes,
         errors=(
@@ -282,7 +283,7 @@ SPECS = (
         reference=normgrad_map_reference,
         cases=tuple(plan.case(name, tags) for name, (plan, tags) in _NORMS.items()),
         dtypes=DTYPES,
-        backends=("reference", "cpu", "triton"),
+        backends=("reference", "cpu", "triton", "cuda"),
         flops=lambda args: 2 * _numbers(args),
         bytes=_bytes,
         errors=(
