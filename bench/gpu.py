@@ -60,6 +60,8 @@ TIMED = {
             "window_attention",
             "patch_gram",
             "nes",
+            "kernel_sums",
+            "multitensor",
         ),
         0.7,
     ),

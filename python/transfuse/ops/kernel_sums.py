@@ -63,7 +63,7 @@ def kernel_sums(
         largest squared norm. Both are float32 (float64 for float64) and exactly 0 on the diagonal
         of x with itself; sums are added up in float64.
 
-        The CPU kernels give the same bits on every run and for every number of threads. Second
+        The same bits on every run and, on the CPU, for every number of threads. Second
         derivatives and forward mode are composed of torch operations over some rows at a time;
         forward over forward raises.
 

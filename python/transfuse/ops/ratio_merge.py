@@ -17,12 +17,12 @@ from transfuse.ops._multitensor_call import (
     same_blocks,
     working_dtype,
 )
-from transfuse.ops._multitensor_core import pack_lists
+from transfuse.ops._multitensor_core import kernel, pack_lists
 from transfuse.ops.multitensor import multi_norm
 
 __all__ = ["ratio_merge"]
 
-_backend.declare("ratio_merge", ("reference", "cpu"))
+_backend.declare("ratio_merge", ("reference", "cpu", "triton"))
 _NORMALISE: dict[object, int] = {None: 0, "l2": 1}
 
 
@@ -61,7 +61,7 @@ def ratio_merge(
         favor_target: the floor is that of the target only: where nobody is certain, its values
             stay.
         normalize: ``"l2"`` divides each F by its norm over all tensors; None does not.
-        backend: None, ``"reference"`` or ``"cpu"``; a named one never falls back.
+        backend: None, ``"reference"``, ``"cpu"`` or ``"triton"``; a named one never falls back.
 
     Returns:
         m contiguous tensors in the dtypes of the target; for coefficients (S, M) S such lists.
@@ -105,15 +105,12 @@ def ratio_merge(
     if backend != "reference":
         chosen = _backend.choose("ratio_merge", backend, known[0].device, call_dtype(known))
     if named:
-        norms = torch.stack(
-            [multi_norm(w, backend="cpu" if chosen == "cpu" else "reference") for w in call.weights]
-        )
+        own = "reference" if chosen == "composed" else chosen
+        norms = torch.stack([multi_norm(w, backend=own) for w in call.weights])
         call = call._replace(coefficients=_scaled(call.coefficients, norms))
-    if chosen == "cpu":
+    if chosen in ("cpu", "triton"):
         flat = (pack_lists(call.thetas), pack_lists(call.weights))
-        made, refused = torch.ops.transfuse.ratio_merge.default(
-            *flat, call.coefficients, call.floors
-        )
+        made, refused = kernel(chosen, "ratio_merge")(*flat, call.coefficients, call.floors)
         _refuse(int(refused))
         m = len(call.thetas[0])
         results = [made[s * m : (s + 1) * m] for s in range(call.coefficients.shape[0])]

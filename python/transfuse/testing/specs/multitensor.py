@@ -281,7 +281,7 @@ SPECS = (
             }
         ),
         errors.NORM,
-        backends=("reference", "cpu"),
+        backends=("reference", "cpu", "triton"),
         gradcheck=("one tensor",),
         refuses=_REFUSES,
     ),
@@ -297,7 +297,7 @@ SPECS = (
             }
         ),
         errors.GRAM,
-        backends=("reference", "cpu"),
+        backends=("reference", "cpu", "triton"),
         gradcheck=("one tensor",),
         refuses=_REFUSES,
     ),
@@ -312,7 +312,7 @@ SPECS = (
             }
         ),
         errors.RATIO,
-        backends=("reference", "cpu"),
+        backends=("reference", "cpu", "triton"),
         gradcheck=("two models",),
         underivable=_UNDERIVABLE + "|does not run inside torch.compile",
     ),
@@ -326,7 +326,7 @@ SPECS = (
             }
         ),
         errors.TIES,
-        backends=("reference", "cpu"),
+        backends=("reference", "cpu", "triton"),
         gradcheck=("small",),
         underivable=_UNDERIVABLE,
     ),
