@@ -94,7 +94,7 @@ def _all_squares(
         one = _squares(
             pairs[s].rows, pairs[s].columns, group, row, column, SAME[s], PRECISION, BLOCK, DEPTH
         )
-        found += (one,)
+        found += (one,)  # type: ignore[assignment]
     return found
 
 

@@ -303,8 +303,8 @@ def _kernel_sums(
     if backward is None:
         centre = _meta(2, widths[0], dtype=torch.float64)
         along = _meta(2, stretches, products, 1024, dtype=torch.float64)
-        own = all(plan.same)
-        down = _meta(2, 16, products, 1024, dtype=torch.float32) if own else None
+        mirrored = _meta(2, 16, products, 1024, dtype=torch.float32)
+        down = mirrored if all(plan.same) else None
         sums = plan_sums(plan, packed, weights, factors, along, down)
         return [plan_pack(points[0], centre, packed[0]), sums]
     grads = _meta(2, products, 1024, dtype=torch.float32)
