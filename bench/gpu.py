@@ -63,6 +63,8 @@ TIMED = {
             "window_attention",
             "patch_gram",
             "nes",
+            "kernel_sums",
+            "multitensor",
         ),
         0.7,
     ),

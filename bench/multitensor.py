@@ -273,6 +273,7 @@ def _sam(shapes: Shapes) -> Callable[[Setup], Workload]:
     """Perturb and restore; what is compared is the norm, for the parameters end as they began."""
 
     def make(setup: Setup) -> Workload:
+        setup.need("sam_perturb_")
         tensors = _draw(setup, shapes, "d0", setup.dtype) | _draw(setup, shapes, "d1", setup.dtype)
 
         def ours(t: Tensors) -> object:

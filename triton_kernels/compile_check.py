@@ -30,8 +30,22 @@ from .adain import plan_content, plan_style
 from .attention_backward import Tangents, plan_gradients
 from .attention_forward import plan_forward, plan_fused
 from .attention_jvp import plan_jvp
+from .kernel_sums import Plan as KernelPlan
+from .kernel_sums import (
+    packed_like,
+    parts_of,
+    plan_bandwidths,
+    plan_finish,
+    plan_pack,
+    plan_points,
+    plan_sums,
+    stretches_of,
+)
 from .mix import BLOCK, plan_mix
 from .multitensor import BYTES, HASHED, ONE, plan_dots, plan_lincomb
+from .multitensor_merge import BITS, WORDS, plan_count, plan_elect, plan_ratio
+from .multitensor_sums import plan_gram as plan_products
+from .multitensor_sums import plan_norm
 from .nes import plan_gradient, plan_perturb
 from .patch_gram import plan_gram
 from .saliency import plan_entries, plan_map, plan_product, plan_statistics
@@ -241,6 +255,79 @@ def _lists(base: torch.dtype, delta: torch.dtype, mode: int, dots: bool) -> list
     return plan_lincomb(tables, *likes, lists=8, mode=mode, has_base=True)
 
 
+def _sums_of_lists(dtype: torch.dtype, lists: int, order: int | None) -> list[Launch]:
+    """A norm, with factors, of 152 tensors; or products of lists of them."""
+    chunks, rest = _meta(42_000, 3, dtype=torch.int64), _meta(152, dtype=torch.int64)
+    like = _meta(1, dtype=dtype)
+    if order is not None:
+        partial = _meta(42_000, dtype=torch.float64)
+        return [plan_norm(chunks, rest, rest, partial, like, like, order)]
+    partial = _meta(42_000, lists, lists, dtype=torch.float64)
+    return [plan_products(chunks, _meta(lists, 152, dtype=torch.int64), partial, like)]
+
+
+def _merge(kind: str, dtype: torch.dtype) -> list[Launch]:
+    """4 models of 152 tensors: means with 50 settings, a digit of a threshold, an election."""
+    chunks, like = _meta(42_000, 3, dtype=torch.int64), _meta(1, dtype=dtype)
+    four, rest = _meta(4, 152, dtype=torch.int64), _meta(152, dtype=torch.int64)
+    numbers = _meta(4, dtype=torch.float32)
+    if kind == "count":
+        counts, words = _meta(1024, 256, dtype=torch.int32), _meta(1, dtype=WORDS[dtype])
+        bits = BITS[dtype]
+        return [plan_count(chunks, rest, rest, counts, words, bits, a) for a in (bits, bits - 8)]
+    if kind == "elect":
+        tables = {"base": rest, "deltas": four, "out": rest, "thresholds": numbers}
+        return [plan_elect({"chunks": chunks, **tables}, like, like, 0.7)]
+    tables = {
+        "chunks": chunks,
+        "thetas": four,
+        "weights": four,
+        "out": _meta(50, 152, dtype=torch.int64),
+        "coefficients": _meta(50, 4, dtype=torch.float32),
+        "floors": numbers,
+    }
+    likes = {f"{name}_like": like for name in ("theta", "weight", "out")}
+    return [plan_ratio(tables, likes, _meta(42_000, dtype=torch.int32))]
+
+
+def _kernel_sums(
+    dtype: torch.dtype, widths: tuple[int, ...], plan: KernelPlan, backward: int | None = None
+) -> list[Launch]:
+    """Sums over 1024 points, or gradients by one set of them (-1: by the bandwidths)."""
+    points = [_meta(2, 1024, width, dtype=dtype) for width in widths]
+    packed = [packed_like(p) for p in points]
+    weights = _meta(2, 1024, dtype=torch.float32)
+    factors = _meta(2, len(plan.kernels), dtype=torch.float32)
+    stretches = stretches_of(16, 16)[1]
+    products = len(plan.products)
+    if backward is None:
+        centre = _meta(2, widths[0], dtype=torch.float64)
+        along = _meta(2, stretches, products, 1024, dtype=torch.float64)
+        mirrored = _meta(2, 16, products, 1024, dtype=torch.float32)
+        down = mirrored if all(plan.same) else None
+        sums = plan_sums(plan, packed, weights, factors, along, down)
+        return [plan_pack(points[0], centre, packed[0]), sums]
+    grads = _meta(2, products, 1024, dtype=torch.float32)
+    tables = (weights, grads, factors, factors)
+    if backward < 0:
+        out = _meta(2, 16, stretches, len(plan.kernels), dtype=torch.float64)
+        return [plan_bandwidths(plan, packed, *tables, out)]
+    own = packed[backward]
+    turned = _meta(2, 2 * stretches, own.padded, own.ld, dtype=torch.float32)
+    mass = _meta(2, 2 * stretches, own.padded, dtype=torch.float64)
+    launches = [plan_points(p, packed, *tables, turned, mass) for p in parts_of(plan, backward)]
+    out = _meta(2, 1024, widths[backward], dtype=torch.float32)
+    return [*launches, plan_finish(turned, mass, own, out)]
+
+
+# A sample with itself; two samples; and of x, y and yhat what a conditional divergence takes.
+ONE_SAMPLE = KernelPlan(((0, 0),), (0,), ((0,),), False, False)
+TWO_SAMPLES = KernelPlan(((0, 1),), (0, 0, 0), ((0,), (1,), (2,)), True, False)
+CONDITIONAL = KernelPlan(
+    ((0, 0), (1, 1), (2, 2), (2, 1)), (0, 1, 2, 3), ((0, 1), (0, 2), (0, 3), (0,)), False, False
+)
+
+
 def _saliency(dtype: torch.dtype, kind: str, code: int, last: bool = False) -> list[Launch]:
     """Maps of 8 layers of 512 channels at 28 x 28; ``code``: method, or phase 2."""
     act = _meta(8, 784, 512, dtype=dtype).mT if last else _meta(8, 512, 784, dtype=dtype)
@@ -322,6 +409,21 @@ def cases() -> list[Case]:
         Case("saliency max bf16 c. last", lambda: _saliency(brain, "product", 3, True), hot=True),
         Case("saliency depth-wise fp32", lambda: _saliency(single, "entries", 1)),
         Case("mix fp32 products", lambda: _mix(single, 0, True, False), hot=True),
+        Case("norm fp32", lambda: _sums_of_lists(single, 1, 2), hot=True),
+        Case("norm fp16 largest", lambda: _sums_of_lists(half, 1, 0), hot=True),
+        Case("list products fp32 of 8", lambda: _sums_of_lists(single, 8, None), hot=True),
+        Case("list products bf16 of 40", lambda: _sums_of_lists(brain, 40, None), hot=True),
+        Case("list products fp32 of 2", lambda: _sums_of_lists(single, 2, None), hot=True),
+        Case("ratio merge fp32", lambda: _merge("ratio", single), hot=True),
+        Case("threshold fp32", lambda: _merge("count", single), hot=True),
+        Case("election bf16", lambda: _merge("elect", brain), hot=True),
+        Case("kernel sums fp32 own", lambda: _kernel_sums(single, (64,), ONE_SAMPLE), hot=True),
+        Case("kernel sums bf16 d=3", lambda: _kernel_sums(brain, (3, 3), TWO_SAMPLES), hot=True),
+        Case("kernel sums conditional", lambda: _kernel_sums(single, (64, 1, 1), CONDITIONAL)),
+        Case("kernel sums own grad", lambda: _kernel_sums(single, (64,), ONE_SAMPLE, 0)),
+        Case("kernel sums wide grad", lambda: _kernel_sums(half, (512, 512), TWO_SAMPLES, 1)),
+        Case("kernel sums cond. grad", lambda: _kernel_sums(single, (64, 1, 1), CONDITIONAL, 2)),
+        Case("kernel sums grad of h", lambda: _kernel_sums(single, (64, 64), TWO_SAMPLES, -1)),
     ]
 
 

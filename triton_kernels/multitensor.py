@@ -119,13 +119,14 @@ def _fold_kernel(partial, starts, sums, blocks, width, row, BLOCK: tl.constexpr)
     tl.store(to, total, mask=live)
 
 
-def chunk_table(sizes: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(chunks, 3): block, first element, number of elements; and where each block's begin."""
-    counts = torch.tensor([-(-size // BLOCK) for size in sizes], dtype=torch.int64)
+def chunk_table(sizes: Sequence[int], most: int = BLOCK) -> tuple[torch.Tensor, torch.Tensor]:
+    """(chunks, 3): block, first element, number of elements, at most ``most``; and where each
+    block's begin."""
+    counts = torch.tensor([-(-size // most) for size in sizes], dtype=torch.int64)
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
     block = torch.repeat_interleave(torch.arange(len(sizes)), counts)
-    begin = (torch.arange(int(starts[-1])) - starts[block]) * BLOCK
-    count = (torch.tensor(sizes, dtype=torch.int64)[block] - begin).clamp_max(BLOCK)
+    begin = (torch.arange(int(starts[-1])) - starts[block]) * most
+    count = (torch.tensor(sizes, dtype=torch.int64)[block] - begin).clamp_max(most)
     return torch.stack((block, begin, count), 1).contiguous(), starts
 
 
@@ -202,17 +203,18 @@ def plan_dots(
     ]
 
 
-def _addresses(tensors: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+def addresses(tensors: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Where contiguous tensors begin, int64, on the device."""
     return torch.tensor([t.data_ptr() for t in tensors], dtype=torch.int64).to(device)
 
 
-def _one_dtype(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def one_dtype(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Contiguous, and all of one dtype: float32 where they differ."""
     kinds = {t.dtype for t in tensors}
     unknown = kinds - set(DTYPES)
     if unknown:
         raise TypeError(
-            "lincomb: the triton backend supports float32, float16 and bfloat16, got "
+            "lists of tensors: the triton backend supports float32, float16 and bfloat16, got "
             f"{sorted(map(str, unknown))}"
         )
     if len(kinds) > 1:
@@ -226,7 +228,7 @@ def _parts(ids: Sequence[torch.Tensor], keys: Sequence[int], device: torch.devic
     if ids:
         kept = [t.contiguous() for t in ids]
         mode = WORDS if ids[0].dtype == torch.uint16 else BYTES
-        return mode, _addresses(kept, device), none, kept
+        return mode, addresses(kept, device), none, kept
     if keys:
         return HASHED, none, torch.tensor(list(keys), dtype=torch.int64).to(device), []
     return ONE, none, none, []
@@ -244,14 +246,14 @@ def lincomb(
     likes = base if base else deltas[:blocks]
     results = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in likes]
     device = results[0].device
-    moved = _one_dtype(deltas)
+    moved = one_dtype(deltas)
     first = [t.contiguous() for t in base] if base else results
-    _one_dtype(results)
+    one_dtype(results)
     mode, id_table, key_table, kept = _parts(ids, keys, device)
     shared = {
-        "deltas": _addresses(moved, device),
-        "out": _addresses(results, device),
-        "base": _addresses(first, device),
+        "deltas": addresses(moved, device),
+        "out": addresses(results, device),
+        "base": addresses(first, device),
         "ids": id_table,
         "keys": key_table,
         "coefficients": coefficients.to(torch.float32).contiguous(),
@@ -282,7 +284,7 @@ def block_dots(
     """As the C++ op ``transfuse::block_dots``: (T, m, K) float64."""
     device, blocks = grads[0].device, len(grads)
     lists = len(deltas) // blocks
-    left, right = _one_dtype(grads), _one_dtype(deltas)
+    left, right = one_dtype(grads), one_dtype(deltas)
     mode, id_table, key_table, kept = _parts(ids, keys, device)
     table, starts = chunk_table([t.numel() for t in left])
     sums = torch.zeros((lists, blocks, partitions), dtype=torch.float64, device=device)
@@ -291,8 +293,8 @@ def block_dots(
     partial = torch.empty((table.shape[0], lists, partitions), dtype=torch.float32, device=device)
     tables = {
         "chunks": table.to(device),
-        "grads": _addresses(left, device),
-        "deltas": _addresses(right, device),
+        "grads": addresses(left, device),
+        "deltas": addresses(right, device),
         "ids": id_table,
         "keys": key_table,
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from transfuse.ops import match_tokens, merge_tokens, unmerge_tokens
+from transfuse.ops import match_tokens, merge_tokens, multi_dot, trim_largest, unmerge_tokens
 from transfuse.testing import OpSpec, backends, golden
 from transfuse.testing.specs import all_specs, find_spec
 
@@ -19,6 +19,10 @@ KERNELS = [(s, b) for s in all_specs() for b in s.backends if b in backends.ON_C
 IDS = [f"{spec.name}-{backend}" for spec, backend in KERNELS]
 # It refuses numbers that do not fit, so it waits for them: nothing to capture.
 WAITS = frozenset({"ratio_merge"})
+# Triton finds the tensors of a list by addresses that are copied to the device at every call, which
+# cannot be recorded.
+UNRECORDED = {"lincomb", "multi_norm", "multi_gram", "ratio_merge", "ties_merge"}
+RECORDED = [(s, b) for s, b in KERNELS if b != "triton" or s.name not in UNRECORDED]
 GOLDEN = golden.load("ops_token_merging")
 
 
@@ -54,7 +58,9 @@ def test_another_stream(spec, backend, device_for):
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-@pytest.mark.parametrize(("spec", "backend"), KERNELS, ids=IDS)
+@pytest.mark.parametrize(
+    ("spec", "backend"), RECORDED, ids=[f"{spec.name}-{backend}" for spec, backend in RECORDED]
+)
 def test_cuda_graph(spec, backend, device_for):
     """A call can be captured, and replayed on other numbers in the same memory."""
     if spec.name in WAITS:
@@ -74,6 +80,24 @@ def test_cuda_graph(spec, backend, device_for):
     graph.replay()
     torch.cuda.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(got, call(backend), strict=True))
+
+
+def test_lists_of_tensors_without_a_spec(device_for):
+    """Whose kernels other ops have too."""
+    device = device_for(find_spec("multi_gram"), "triton", torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    xs, ys = (
+        [torch.randn(s, generator=generator).to(device) for s in ((70, 900), (), (0,), (5,))]
+        for _ in range(2)
+    )
+    found = multi_dot(xs, ys, backend="triton")
+    exact = multi_dot([x.double() for x in xs], [y.double() for y in ys], backend="reference")
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-3)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        own = [x.to(dtype) for x in xs]
+        kept = trim_largest(own, 0.2, backend="triton")
+        want = trim_largest(own, 0.2, backend="reference")
+        assert all(torch.equal(a, b) for a, b in zip(kept, want, strict=True))
 
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])

@@ -206,10 +206,16 @@ def _positive(name: str, value: Tensor) -> None:
 
 
 def _stack(bandwidths: list[float | Tensor], like: Tensor) -> Tensor:
-    if not any(isinstance(h, Tensor) for h in bandwidths):
-        return torch.tensor(bandwidths, dtype=torch.float64, device=like.device)
+    if like.device.type == "cpu" and not any(isinstance(h, Tensor) for h in bandwidths):
+        return torch.tensor(bandwidths, dtype=torch.float64)
+    # Numbers are written where they are needed: a copy would wait for the device.
     return torch.stack(
-        [torch.as_tensor(h, dtype=torch.float64, device=like.device) for h in bandwidths]
+        [
+            h.to(device=like.device, dtype=torch.float64)
+            if isinstance(h, Tensor)
+            else torch.full((), h, dtype=torch.float64, device=like.device)
+            for h in bandwidths
+        ]
     )
 
 

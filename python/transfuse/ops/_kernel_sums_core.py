@@ -8,13 +8,13 @@ and forward mode, are torch's own of the sums by matrix products, some rows at a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from transfuse import _autograd, _backend
+from transfuse import _autograd, _backend, _triton_ops
 from transfuse._autograd import (
     Differentiable,
     Tensors,
@@ -25,6 +25,7 @@ from transfuse.ops._kernel_sums_call import Call, Plan
 from transfuse.ops._kernel_sums_reference import by_rows, chunks
 
 NAME = "kernel_sums"
+WITHOUT_KERNELS = ("composed", "reference")
 
 
 class Static(NamedTuple):
@@ -32,6 +33,24 @@ class Static(NamedTuple):
 
     plan: Plan
     backend: str
+
+
+class Kernels(NamedTuple):
+    """The kernels of a backend, with the arguments of the C++ schemas."""
+
+    forward: Callable[..., Tensor]
+    backward: Callable[..., tuple[list[Tensor], Tensor]]
+
+
+def kernels(backend: str) -> Kernels:
+    """The kernels of a backend."""
+    if backend == "triton":
+        names = ("kernel_sums", "kernel_sums_backward")
+        return Kernels(*(_triton_ops.kernel("kernel_sums", name) for name in names))
+    ops = torch.ops.transfuse
+    if backend == _triton_ops.COMPILED:
+        return Kernels(ops.kernel_sums_triton, ops.kernel_sums_backward_triton)
+    return Kernels(ops.kernel_sums, ops.kernel_sums_backward)
 
 
 def sums(call: Call, backend: str | None) -> Tensor:
@@ -43,8 +62,10 @@ def sums(call: Call, backend: str | None) -> Tensor:
     if torch.compiler.is_compiling():
         # Asked for its refusal of transforms.
         needs_derivative([t for t in flat if t is not None])
-        if chosen in ("composed", "reference"):
+        if chosen in WITHOUT_KERNELS:
             return _dense(static.plan, flat)[0]
+        if chosen == "triton":
+            static = static._replace(backend=_triton_ops.COMPILED)
         return forward(static, flat)[0][0]
     if needs_derivative(flat):
         return function(static, flat)[0][0]
@@ -81,9 +102,9 @@ def _dense(plan: Plan, tensors: Tensors) -> Tensor:
 
 def forward(static: Static, tensors: Tensors) -> tuple[Tensor, ...]:
     """The sums by the chosen backend."""
-    if static.backend == "cpu":
-        return (torch.ops.transfuse.kernel_sums(*arguments(static.plan, tensors)),)
-    return (_dense(static.plan, tensors),)
+    if static.backend in WITHOUT_KERNELS:
+        return (_dense(static.plan, tensors),)
+    return (kernels(static.backend).forward(*arguments(static.plan, tensors)),)
 
 
 def backward(
@@ -92,9 +113,9 @@ def backward(
     """Gradients by points and bandwidths, by the chosen backend; not differentiable."""
     points, _bandwidths, _ = _split(tensors)
     wanted = [int(need) for need in needs[: len(points)]]
-    if static.backend != "cpu":
+    if static.backend in WITHOUT_KERNELS:
         return _pulled(static.plan, tensors, grad, [*needs[:-1], False])
-    found, to_bandwidths = torch.ops.transfuse.kernel_sums_backward(
+    found, to_bandwidths = kernels(static.backend).backward(
         grad.contiguous(), *arguments(static.plan, tensors), wanted, bool(needs[len(points)])
     )
     by_points = [

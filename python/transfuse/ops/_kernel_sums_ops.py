@@ -1,13 +1,20 @@
-"""Fakes and autograd of the raw C++ kernel sum ops: what ``torch.compile`` sees."""
+"""Fakes and autograd of the raw kernel sum ops, C++ and Triton: what ``torch.compile`` sees."""
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
+from transfuse import _triton_ops
 from transfuse.ops._kernel_sums_call import Plan, working_dtype
-from transfuse.ops._kernel_sums_core import Static, backward, to_weights
+from transfuse.ops._kernel_sums_core import NAME, Static, backward, to_weights
 
-_registered = False
+_registered: set[str] = set()
+_PLAN = (
+    "Tensor[] points, int[] distances, int[] kernels, Tensor bandwidths, int[] products, "
+    "Tensor? weights, bool inverse, bool exclude"
+)
 
 
 def _fake(points, distances, kernels, bandwidths, products, weights, inverse, exclude):
@@ -37,11 +44,11 @@ def _fake_backward(
     )
 
 
-def _setup(ctx, inputs, output) -> None:
+def _setup(ctx, inputs, output, backend: str) -> None:
     points, distances, kernels, bandwidths, products, weights, inverse, exclude = inputs
     pairs = tuple(zip(distances[::2], distances[1::2], strict=True))
     plan = Plan(pairs, tuple(kernels), tuple(products), inverse, exclude)
-    ctx.static = Static(plan, "cpu")
+    ctx.static = Static(plan, backend)
     ctx.weighted = weights is not None
     ctx.save_for_backward(*points, bandwidths, *(() if weights is None else (weights,)))
 
@@ -67,11 +74,31 @@ def _refuse(ctx, *grads):
 
 def register() -> None:
     """Attach fakes and derivatives to the C++ ops; called once, after the library is loaded."""
-    global _registered
-    if _registered:
+    _attach("", "cpu")
+
+
+def register_triton() -> None:
+    """Make the Triton kernels ops of torch, as the C++ ones are. Imports no Triton."""
+    if _triton_ops.COMPILED in _registered:
         return
-    _registered = True
-    torch.library.register_fake("transfuse::kernel_sums", _fake)
-    torch.library.register_autograd("transfuse::kernel_sums", _backward, setup_context=_setup)
-    torch.library.register_fake("transfuse::kernel_sums_backward", _fake_backward)
-    torch.library.register_autograd("transfuse::kernel_sums_backward", _refuse)
+    for name, signature in (
+        ("kernel_sums", f"({_PLAN}) -> Tensor"),
+        (
+            "kernel_sums_backward",
+            f"(Tensor grad, {_PLAN}, int[] wanted, bool bandwidths_wanted) -> (Tensor[], Tensor)",
+        ),
+    ):
+        _triton_ops.define("kernel_sums", name, signature)
+    _attach("_triton", _triton_ops.COMPILED)
+
+
+def _attach(ending: str, backend: str) -> None:
+    if backend in _registered:
+        return
+    _registered.add(backend)
+    setup = functools.partial(_setup, backend=backend)
+    sums, gradients = (f"transfuse::{NAME}{part}{ending}" for part in ("", "_backward"))
+    torch.library.register_fake(sums, _fake)
+    torch.library.register_autograd(sums, _backward, setup_context=setup)
+    torch.library.register_fake(gradients, _fake_backward)
+    torch.library.register_autograd(gradients, _refuse)

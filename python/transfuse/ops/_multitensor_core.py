@@ -17,8 +17,30 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from transfuse import _triton_ops
 from transfuse._autograd import Differentiable, Tensors, function, refuse_forward_over_forward
 from transfuse.ops import _multitensor_reference as reference
+
+# The modules of the Triton kernels.
+TRITON = {
+    "lincomb": "multitensor",
+    "block_dots": "multitensor",
+    "multi_norm": "multitensor_sums",
+    "multi_gram": "multitensor_sums",
+    "ratio_merge": "multitensor_merge",
+    "select_magnitude": "multitensor_merge",
+    "elect_signs": "multitensor_merge",
+}
+
+
+def kernel(backend: str, name: str) -> Callable:
+    """The kernel of an op by a backend, with the arguments of the C++ op."""
+    compiled = backend == _triton_ops.COMPILED
+    if compiled or (backend == "triton" and torch.compiler.is_compiling()):
+        return getattr(torch.ops.transfuse, f"{name}_triton").default
+    if backend == "triton":
+        return _triton_ops.kernel(TRITON[name], name)
+    return getattr(torch.ops.transfuse, name).default
 
 
 class Static(NamedTuple):
@@ -62,16 +84,11 @@ def lincomb_forward(static: Static, tensors: Tensors) -> tuple[Tensor, ...]:
     base, deltas, ids = _parts(static, rest)
     if static.backend == "composed":
         return tuple(reference.combined(base, deltas, coefficients, ids, static.keys))
-    if static.backend == "triton":
-        from transfuse.triton_kernels import multitensor
-
-        return tuple(multitensor.lincomb(base, pack_lists(deltas), coefficients, ids, static.keys))
     flat = pack_lists(deltas)
-    return tuple(
-        torch.ops.transfuse.lincomb.default(
-            base, flat, coefficients.contiguous(), ids, list(static.keys)
-        )
+    made = kernel(static.backend, "lincomb")(
+        base, flat, coefficients.contiguous(), ids, list(static.keys)
     )
+    return tuple(made)
 
 
 def dots_forward(static: Static, tensors: Tensors) -> tuple[Tensor, ...]:
@@ -80,15 +97,8 @@ def dots_forward(static: Static, tensors: Tensors) -> tuple[Tensor, ...]:
     count = static.partitions
     if static.backend == "composed":
         return (reference.block_dots(grads, deltas, ids, static.keys, count),)
-    if static.backend == "triton":
-        from transfuse.triton_kernels import multitensor
-
-        return (multitensor.block_dots(grads, pack_lists(deltas), ids, static.keys, count),)
-    return (
-        torch.ops.transfuse.block_dots.default(
-            grads, pack_lists(deltas), ids, list(static.keys), count
-        ),
-    )
+    flat = pack_lists(deltas)
+    return (kernel(static.backend, "block_dots")(grads, flat, ids, list(static.keys), count),)
 
 
 class Calls(NamedTuple):

@@ -1,13 +1,18 @@
-"""Fake kernels and autograd of the raw C++ ops on lists of tensors: what ``torch.compile`` sees."""
+"""Fake kernels and autograd of the raw ops on lists of tensors, C++ and Triton: what
+``torch.compile`` sees."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 
+from transfuse import _triton_ops
 from transfuse.ops import _multitensor_core as core
 from transfuse.ops._multitensor_core import RAW, Static
 
-_registered = False
+_registered: set[str] = set()
 _lincomb_vjp, _ = core.lincomb_rules(lambda: RAW)
 _dots_vjp, _ = core.dots_rules(lambda: RAW)
 
@@ -39,6 +44,10 @@ def _fake_norms(tensors, scale, order):
     return tensors[0].new_empty((len(tensors),), dtype=torch.float64)
 
 
+def _fake_norm(tensors, scale, order):
+    return tensors[0].new_empty((), dtype=torch.float64)
+
+
 def _fake_select(tensors, rank):
     return tensors[0].new_empty((), dtype=torch.float64)
 
@@ -51,12 +60,10 @@ def _nothing(*arguments):
     return None
 
 
-def _setup_lincomb(ctx, inputs, output) -> None:
+def _setup_lincomb(ctx, inputs, output, backend: str) -> None:
     base, deltas, coefficients, ids, keys = inputs
     lists, blocks, partitions = coefficients.shape
-    ctx.static = Static(
-        lists, blocks, bool(base), bool(ids), tuple(keys), partitions, "cpu"
-    )  # the kernel of a raw op is chosen by the device, not by the name of a backend
+    ctx.static = Static(lists, blocks, bool(base), bool(ids), tuple(keys), partitions, backend)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(coefficients, *base, *deltas, *ids)
 
@@ -80,10 +87,10 @@ def _backward_lincomb(ctx, grads):
     return rows[0], rows[1], found[0], rows[2], _of_numbers(static.keys)
 
 
-def _setup_dots(ctx, inputs, output) -> None:
+def _setup_dots(ctx, inputs, output, backend: str) -> None:
     grads, deltas, ids, keys, partitions = inputs
     lists = len(deltas) // len(grads)
-    ctx.static = Static(lists, len(grads), True, bool(ids), tuple(keys), partitions, "cpu")
+    ctx.static = Static(lists, len(grads), True, bool(ids), tuple(keys), partitions, backend)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*grads, *deltas, *ids)
 
@@ -102,28 +109,58 @@ def _of_numbers(keys):
     return None if keys else []
 
 
+_COMMON = {
+    "lincomb": _fake_lincomb,
+    "block_dots": _fake_dots,
+    "multi_gram": _fake_gram,
+    "select_magnitude": _fake_select,
+    "elect_signs": _fake_elect,
+}
+
+
 def register() -> None:
     """Attach fakes and derivatives to the C++ ops; called once, after the library is loaded."""
-    global _registered
-    if _registered:
-        return
-    _registered = True
     fakes = {
-        "lincomb": _fake_lincomb,
-        "block_dots": _fake_dots,
         "ratio_merge": _fake_ratio,
-        "multi_gram": _fake_gram,
         "block_norms": _fake_norms,
-        "select_magnitude": _fake_select,
-        "elect_signs": _fake_elect,
         "sam_perturb_": _nothing,
         "copy_lists_": _nothing,
     }
+    # The kernel of a C++ op is chosen by the device, not by the name of a backend.
+    _attach(_COMMON | fakes, "", "cpu")
+
+
+def register_triton() -> None:
+    """Make the Triton kernels ops of torch, as the C++ ones are. Imports no Triton."""
+    if _triton_ops.COMPILED in _registered:
+        return
+    for name, signature in {
+        "lincomb": "(Tensor[] base, Tensor[] deltas, Tensor coefficients, Tensor[] ids, "
+        "int[] keys) -> Tensor[]",
+        "block_dots": "(Tensor[] grads, Tensor[] deltas, Tensor[] ids, int[] keys, "
+        "int partitions) -> Tensor",
+        "multi_norm": "(Tensor[] tensors, Tensor[] scale, int order) -> Tensor",
+        "multi_gram": "(Tensor[] tensors, int lists, SymInt[] sizes) -> Tensor",
+        "select_magnitude": "(Tensor[] tensors, SymInt rank) -> Tensor",
+        "elect_signs": "(Tensor[] base, Tensor[] deltas, Tensor thresholds, "
+        "float scale) -> Tensor[]",
+    }.items():
+        _triton_ops.define(core.TRITON[name], name, signature)
+    _attach(_COMMON | {"multi_norm": _fake_norm}, "_triton", _triton_ops.COMPILED)
+
+
+def _attach(fakes: dict[str, Callable], ending: str, backend: str) -> None:
+    if backend in _registered:
+        return
+    _registered.add(backend)
     for name, fake in fakes.items():
-        torch.library.register_fake(f"transfuse::{name}", fake)
-    torch.library.register_autograd(
-        "transfuse::lincomb", _backward_lincomb, setup_context=_setup_lincomb
-    )
-    torch.library.register_autograd(
-        "transfuse::block_dots", _backward_dots, setup_context=_setup_dots
-    )
+        torch.library.register_fake(f"transfuse::{name}{ending}", fake)
+    for name, backward, setup in (
+        ("lincomb", _backward_lincomb, _setup_lincomb),
+        ("block_dots", _backward_dots, _setup_dots),
+    ):
+        torch.library.register_autograd(
+            f"transfuse::{name}{ending}",
+            backward,
+            setup_context=functools.partial(setup, backend=backend),
+        )

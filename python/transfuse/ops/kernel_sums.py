@@ -16,7 +16,8 @@ from transfuse.ops._kernel_sums_reference import (
 
 __all__ = ["KernelFactor", "kernel_product_sums", "kernel_sums"]
 
-_backend.declare("kernel_sums", ("reference", "cpu"))
+_backend.declare("kernel_sums", ("reference", "cpu", "triton"))
+_kernel_sums_ops.register_triton()
 if _native.status().loaded:
     _kernel_sums_ops.register()
 
@@ -45,7 +46,7 @@ def kernel_sums(
         weights: (M,), or None for ones; get a gradient.
         kernel: ``"rbf"`` (the exponential) or ``"imq"`` (the inverse multiquadric).
         exclude_diagonal: leave out the pairs (i, i).
-        backend: None, ``"reference"`` or ``"cpu"``; a named one never falls back.
+        backend: None, ``"reference"``, ``"cpu"`` or ``"triton"``; a named one never falls back.
 
     Returns:
         (N,), or (B, N) for several bandwidths; float32 (float64 for float64).
@@ -62,7 +63,7 @@ def kernel_sums(
         largest squared norm. Both are float32 (float64 for float64) and exactly 0 on the diagonal
         of x with itself; sums are added up in float64.
 
-        The CPU kernels give the same bits on every run and for every number of threads. Second
+        The same bits on every run and, on the CPU, for every number of threads. Second
         derivatives and forward mode are composed of torch operations over some rows at a time;
         forward over forward raises.
 

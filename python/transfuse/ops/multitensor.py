@@ -19,7 +19,8 @@ __all__ = ["lincomb", "multi_dot", "multi_gram", "multi_norm"]
 
 _backend.declare("lincomb", ("reference", "cpu", "triton", "cuda"))
 for _name in ("multi_dot", "multi_gram", "multi_norm"):
-    _backend.declare(_name, ("reference", "cpu", "cuda"))
+    _backend.declare(_name, ("reference", "cpu", "triton", "cuda"))
+_multitensor_ops.register_triton()
 if _native.status().loaded:
     _multitensor_ops.register()
 
@@ -111,7 +112,8 @@ def multi_norm(
         ord: p: 1, 2 or inf.
         scale: factors of the elements, a list of the same shapes (the parameters, for the norm of
             an adaptive sharpness-aware step).
-        backend: None, ``"reference"``, ``"cpu"`` or ``"cuda"``; a named one never falls back.
+        backend: None, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``; a named one never
+            falls back.
 
     Returns:
         0-dimensional, float32 (float64 if any tensor is).
@@ -146,8 +148,11 @@ def multi_norm(
         # Flat at 0, where the root has no slope.
         positive = square > 0
         return (torch.where(positive, square, 1.0).sqrt() * positive).to(dtype)
-    sums = torch.ops.transfuse.block_norms.default(found, factors, order)
-    total = sums.amax() if order == 0 else sums.sum()
+    if chosen == "triton":
+        total = core.kernel(chosen, "multi_norm")(found, factors, order)
+    else:
+        sums = torch.ops.transfuse.block_norms.default(found, factors, order)
+        total = sums.amax() if order == 0 else sums.sum()
     return (total.sqrt() if order == 2 else total).to(dtype)
 
 
@@ -159,7 +164,8 @@ def multi_dot(xs: Sequence[Tensor], ys: Sequence[Tensor], *, backend: str | None
     Args:
         xs: any shapes, floating, one device.
         ys: of the same shapes.
-        backend: None, ``"reference"``, ``"cpu"`` or ``"cuda"``; a named one never falls back.
+        backend: None, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``; a named one never
+            falls back.
 
     Returns:
         0-dimensional, float32 (float64 if any tensor is).
@@ -194,7 +200,8 @@ def multi_gram(lists: Sequence[Sequence[Tensor | None]], *, backend: str | None 
     Args:
         lists: T lists of m tensors of the same shapes, floating; None counts as zeros (a parameter
             that a loss does not reach).
-        backend: None, ``"reference"``, ``"cpu"`` or ``"cuda"``; a named one never falls back.
+        backend: None, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``; a named one never
+            falls back.
 
     Returns:
         (T, T), symmetric to the bit, float32 (float64 if any tensor is).
@@ -204,9 +211,10 @@ def multi_gram(lists: Sequence[Sequence[Tensor | None]], *, backend: str | None 
         RuntimeError: a named backend that cannot run here, with the reason.
 
     Notes:
-        Every list is read once and nothing of its size is allocated. Sums are float32 (float64)
-        over 1024 elements and float64 beyond. The same bits for every number of threads.
-        With derivatives (by kernels, of any order; forward over forward raises) lists are read T
+        Every list is read once (by Triton, once for every 8 lists) and nothing of its size is
+        allocated. Sums are float32 (float64) over 1024 elements (Triton: up to 8192, of one list)
+        and float64 beyond. The same bits on every run and for every number of threads. With
+        derivatives (by kernels, of any order; forward over forward raises) lists are read T
         times.
 
     Example:
@@ -228,12 +236,12 @@ def multi_gram(lists: Sequence[Sequence[Tensor | None]], *, backend: str | None 
         rows = _without_none(found)
         products = torch.stack([_dots(row, rows, chosen).sum(1) for row in rows])
         return products.to(dtype)
-    none = known[0].new_empty(0)
     sizes = [
         max(0 if t is None else t.numel() for t in parts) for parts in zip(*found, strict=True)
     ]
+    none = known[0].new_empty(0)
     flat = [none if t is None else t for part in found for t in part]
-    return torch.ops.transfuse.multi_gram.default(flat, len(found), sizes).to(dtype)
+    return core.kernel(chosen, "multi_gram")(flat, len(found), sizes).to(dtype)
 
 
 def _without_none(lists: list[list[Tensor | None]]) -> list[list[Tensor]]:

@@ -17,12 +17,12 @@ from transfuse.ops._multitensor_call import (
     same_blocks,
     working_dtype,
 )
-from transfuse.ops._multitensor_core import pack_lists
+from transfuse.ops._multitensor_core import kernel, pack_lists
 from transfuse.ops.multitensor import multi_norm
 
 __all__ = ["ratio_merge"]
 
-_backend.declare("ratio_merge", ("reference", "cpu", "cuda"))
+_backend.declare("ratio_merge", ("reference", "cpu", "triton", "cuda"))
 _NORMALISE: dict[object, int] = {None: 0, "l2": 1}
 
 
@@ -61,7 +61,8 @@ def ratio_merge(
         favor_target: the floor is that of the target only: where nobody is certain, its values
             stay.
         normalize: ``"l2"`` divides each F by its norm over all tensors; None does not.
-        backend: None, ``"reference"``, ``"cpu"`` or ``"cuda"``; a named one never falls back.
+        backend: None, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``; a named one never
+            falls back.
 
     Returns:
         m contiguous tensors in the dtypes of the target; for coefficients (S, M) S such lists.
@@ -110,9 +111,8 @@ def ratio_merge(
         call = call._replace(coefficients=_scaled(call.coefficients, norms))
     if chosen != "composed":
         flat = (pack_lists(call.thetas), pack_lists(call.weights))
-        made, refused = torch.ops.transfuse.ratio_merge.default(
-            *flat, call.coefficients.to(known[0].device), call.floors
-        )
+        table = call.coefficients.to(known[0].device)
+        made, refused = kernel(chosen, "ratio_merge")(*flat, table, call.floors)
         _refuse(int(refused))
         m = len(call.thetas[0])
         results = [made[s * m : (s + 1) * m] for s in range(call.coefficients.shape[0])]

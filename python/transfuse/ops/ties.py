@@ -17,12 +17,12 @@ from transfuse.ops._multitensor_call import (
     tensor_list,
     working_dtype,
 )
-from transfuse.ops._multitensor_core import pack_lists
+from transfuse.ops._multitensor_core import kernel, pack_lists
 
 __all__ = ["ties_merge", "trim_largest"]
 
-_backend.declare("ties_merge", ("reference", "cpu"))
-_backend.declare("trim_largest", ("reference", "cpu"))
+_backend.declare("ties_merge", ("reference", "cpu", "triton"))
+_backend.declare("trim_largest", ("reference", "cpu", "triton"))
 
 
 def trim_largest(
@@ -36,7 +36,7 @@ def trim_largest(
     Args:
         tensors: any shapes, floating, one dtype and device: one vector.
         density: d, the part that is kept, above 0 and at most 1.
-        backend: None, ``"reference"`` or ``"cpu"``; a named one never falls back.
+        backend: None, ``"reference"``, ``"cpu"`` or ``"triton"``; a named one never falls back.
 
     Returns:
         Contiguous tensors of the same shapes and dtype. Entries equal to the threshold are kept.
@@ -84,7 +84,7 @@ def ties_merge(
         base: m tensors to add to.
         density: d, the part of each list that is kept, above 0 and at most 1.
         scale: lambda.
-        backend: None, ``"reference"`` or ``"cpu"``; a named one never falls back.
+        backend: None, ``"reference"``, ``"cpu"`` or ``"triton"``; a named one never falls back.
 
     Returns:
         m contiguous tensors in the dtypes of the base, or of the first list.
@@ -156,12 +156,10 @@ def _run(
         return [torch.zeros_like(t) for t in (base if base else lists[0])]
     # A product a rounding above a whole number is that number.
     rank = total - max(1, min(total, _ceil(density * total)))
-    if chosen != "cpu":
+    if chosen not in ("cpu", "triton"):
         return _composed(base, lists, rank, scale)
-    thresholds = [torch.ops.transfuse.select_magnitude.default(part, rank) for part in lists]
-    return torch.ops.transfuse.elect_signs.default(
-        base, pack_lists(lists), torch.stack(thresholds), scale
-    )
+    thresholds = torch.stack([kernel(chosen, "select_magnitude")(part, rank) for part in lists])
+    return kernel(chosen, "elect_signs")(base, pack_lists(lists), thresholds, scale)
 
 
 def _ceil(x: float) -> int:

@@ -282,7 +282,7 @@ SPECS = (
             }
         ),
         errors.NORM,
-        backends=("reference", "cpu", "cuda"),
+        backends=("reference", "cpu", "triton", "cuda"),
         gradcheck=("one tensor",),
         refuses=_REFUSES,
     ),
@@ -298,7 +298,7 @@ SPECS = (
             }
         ),
         errors.GRAM,
-        backends=("reference", "cpu", "cuda"),
+        backends=("reference", "cpu", "triton", "cuda"),
         gradcheck=("one tensor",),
         refuses=_REFUSES,
     ),
@@ -313,7 +313,7 @@ SPECS = (
             }
         ),
         errors.RATIO,
-        backends=("reference", "cpu", "cuda"),
+        backends=("reference", "cpu", "triton", "cuda"),
         gradcheck=("two models",),
         underivable=_UNDERIVABLE + "|does not run inside torch.compile",
     ),
@@ -327,7 +327,7 @@ SPECS = (
             }
         ),
         errors.TIES,
-        backends=("reference", "cpu"),
+        backends=("reference", "cpu", "triton"),
         gradcheck=("small",),
         underivable=_UNDERIVABLE,
     ),

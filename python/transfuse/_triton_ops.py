@@ -1,0 +1,34 @@
+"""Triton kernels as ops of torch, which is how ``torch.compile`` can call them.
+
+The compiler does not look into such an op: fake kernels say what it returns, and its derivative is
+that which is registered for it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import torch
+
+# The backend of a call inside torch.compile that names Triton.
+COMPILED = "triton op"
+
+
+def kernel(module: str, name: str) -> Callable:
+    """A function of ``transfuse.triton_kernels``, which is imported when it is first needed."""
+    return getattr(importlib.import_module(f"transfuse.triton_kernels.{module}"), name)
+
+
+def define(module: str, name: str, signature: str) -> None:
+    """Make the function ``name`` of a module of Triton kernels the op ``transfuse::name_triton``.
+
+    Args:
+        signature: its arguments and results, as in a schema. Results are new tensors.
+    """
+    torch.library.custom_op(
+        f"transfuse::{name}_triton",
+        lambda *given: kernel(module, name)(*given),
+        mutates_args=(),
+        schema=signature,
+    )
