@@ -328,14 +328,14 @@ def _reference(op: Op) -> Op:
 def _spec(
     op: Op, kind: str, products: int, *, kernel: bool = False, widths: bool = False
 ) -> OpSpec:
-    """``kernel``: it has a CPU kernel; ``widths``: one of its own, tried at all its widths."""
+    """``kernel``: it has kernels; ``widths``: one of its own, tried at all its widths."""
     return OpSpec(
         name=op.__name__,
         op=op,
         reference=_reference(op),
         cases=_cases(kind, widths),
         dtypes=DTYPES,
-        backends=("reference", "cpu") if kernel else ("reference",),
+        backends=("reference", "cpu", "triton") if kernel else ("reference",),
         flops=_flops(products),
         bytes=_bytes,
         errors=_errors(kind),
