@@ -17,6 +17,9 @@ GRADIENT, DIAGONAL, PRODUCT = 0, 1, 2
 PROGRAMS = 512  # of a launch: about how many keep a GPU busy
 LOOP = 16  # pieces that one program goes through rather than leaving sums to be added
 COLUMNS = 64  # of a step over the columns
+# Columns, and classes of a block, in a tile of results: products in float32 hold whole rows and
+# columns of what they multiply in registers.
+TILE = 32
 OPTIONS = {"num_warps": 4, "num_stages": 2}
 
 
@@ -233,21 +236,28 @@ class Blocks(NamedTuple):
 
     rows: int
     classes: int
-    columns: int
     splits: int
     tables: Tables
 
 
-def blocks_of(samples: int, columns: int, classes: int, offsets: tuple[int, ...], device) -> Blocks:
+def blocks_of(
+    kind: int,
+    samples: int,
+    columns: int,
+    classes: int,
+    offsets: tuple[int, ...],
+    device: torch.device,
+) -> Blocks:
+    """``kind``: as of :func:`kind_of`."""
     width = max(16, triton.next_power_of_2(classes))
-    rows = 16 if samples < 4096 else max(16, min(64, 2048 // width))
-    block = 32 if samples <= 1024 or 64 < width <= 128 else 64
-    across = max(1, triton.cdiv(columns, block))
+    many = samples >= 4096 and classes <= 16 and kind != PRODUCT
+    rows = 32 if many else 16
+    across = max(1, triton.cdiv(columns, TILE))
     most = max(
         LOOP * rows, triton.cdiv(triton.cdiv(samples, max(1, PROGRAMS // across)), rows) * rows
     )
     tables = tables_of(offsets, rows, most, device)
-    programs = tables.pieces.shape[0] * triton.cdiv(width, 64)
+    programs = tables.pieces.shape[0] * triton.cdiv(width, TILE)
     wanted = min(
         16,
         max(1, 16384 // (rows * width)),
@@ -255,7 +265,7 @@ def blocks_of(samples: int, columns: int, classes: int, offsets: tuple[int, ...]
         triton.cdiv(PROGRAMS // 2, programs),
     )
     splits = 1 << max(0, wanted.bit_length() - 1)
-    return Blocks(rows, width, block, splits, tables)
+    return Blocks(rows, width, splits, tables)
 
 
 class Matrices(NamedTuple):
@@ -279,7 +289,7 @@ def plan_dots(
     parts = [
         None if m is None else x.new_empty((blocks.splits, samples, classes)) for m in (one, two)
     ]
-    block = min(64, blocks.classes)
+    block = min(TILE, blocks.classes)
     second = Matrices(None, 0, 0) if two is None else two
     arguments = {
         "x": x,

@@ -15,9 +15,9 @@ from ._attention_plan import Launch
 from ._head_blocks import (
     DIAGONAL,
     LOOP,
-    OPTIONS,
     PRECISION,
     PRODUCT,
+    TILE,
     Blocks,
     Matrices,
     added,
@@ -34,8 +34,8 @@ from ._head_blocks import (
 )
 from ._triton import tl, triton
 
-ROWS, CLASSES = 4, 64  # samples of a pass over rows, classes of a product
-ROW_OPTIONS = {"num_warps": 4}
+ROWS = 4  # samples of a pass over rows
+OPTIONS = {"num_warps": 4, "num_stages": 1}
 
 
 @triton.jit
@@ -207,11 +207,11 @@ def _plan_outer(
         "BIAS": bias,
         "PRECISION": PRECISION,
         "BLOCK_N": blocks.rows,
-        "BLOCK_C": CLASSES,
-        "BLOCK_D": blocks.columns,
+        "BLOCK_C": TILE,
+        "BLOCK_D": TILE,
     }
-    across = max(1, triton.cdiv(columns, blocks.columns))
-    grid = (chunks.shape[0] - 1, across, triton.cdiv(classes, CLASSES))
+    across = max(1, triton.cdiv(columns, TILE))
+    grid = (chunks.shape[0] - 1, across, triton.cdiv(classes, TILE))
     return Launch(_outer_kernel, grid, arguments, OPTIONS)
 
 
@@ -226,7 +226,7 @@ def plan_forward(
     """As that of ``head_curvature``."""
     (samples, columns), classes, domains = x.shape, weight.shape[0], len(offsets) - 1
     width, kind = columns + (bias is not None), kind_of(targets, vectors)
-    blocks = blocks_of(samples, columns, classes, tuple(offsets), x.device)
+    blocks = blocks_of(kind, samples, columns, classes, tuple(offsets), x.device)
     tables = blocks.tables
     apart = 0 if vectors is None or vectors.shape[0] == 1 else classes * width
     second = None if vectors is None else Matrices(vectors, width, apart)
@@ -258,7 +258,7 @@ def plan_forward(
         "BLOCK_N": ROWS,
         "BLOCK_C": blocks.classes,
     }
-    rows = Launch(_forward_rows_kernel, _rows_grid(blocks), arguments, ROW_OPTIONS)
+    rows = Launch(_forward_rows_kernel, _rows_grid(blocks), arguments, OPTIONS)
     chunks = tables.chunks.shape[0] - 1
     partial = out if chunks == domains else x.new_empty((chunks, classes, width))
     outer = _plan_outer(
@@ -286,7 +286,7 @@ def plan_backward(
     """The launches that fill the gradients by x, weight, bias and vectors; None: not wanted."""
     (samples, columns), classes = x.shape, weight.shape[0]
     width, kind = columns + (bias is not None), kind_of(targets, vectors)
-    blocks = blocks_of(samples, columns, classes, tuple(offsets), x.device)
+    blocks = blocks_of(kind, samples, columns, classes, tuple(offsets), x.device)
     tables = blocks.tables
     to_x, to_weight, to_bias, to_vectors = results
     parts, _, dots = plan_dots(
@@ -317,7 +317,7 @@ def plan_backward(
         "BLOCK_N": ROWS,
         "BLOCK_C": blocks.classes,
     }
-    launches = [dots, Launch(_backward_rows_kernel, _rows_grid(blocks), arguments, ROW_OPTIONS)]
+    launches = [dots, Launch(_backward_rows_kernel, _rows_grid(blocks), arguments, OPTIONS)]
     if to_x is not None:
         apart = 0 if vectors is None or vectors.shape[0] == 1 else classes * width
         arguments = {
@@ -332,10 +332,10 @@ def plan_backward(
             "vectors_domain": apart,
             "PRECISION": PRECISION,
             "BLOCK_N": blocks.rows,
-            "BLOCK_C": CLASSES,
-            "BLOCK_D": blocks.columns,
+            "BLOCK_C": TILE,
+            "BLOCK_D": TILE,
         }
-        grid = (tables.pieces.shape[0], triton.cdiv(columns, blocks.columns))
+        grid = (tables.pieces.shape[0], triton.cdiv(columns, TILE))
         launches.append(Launch(_moved_kernel, grid, arguments, OPTIONS))
 
     def summed(factors, out, out_bias, chunks, groups):

@@ -352,7 +352,7 @@ def cases() -> list[Case]:
         Case("head gradient C=7", lambda: _head("gradient", 96, 7, 3), hot=True),
         Case("head diagonal C=65", lambda: _head("diagonal", 96, 65, 3), hot=True),
         Case("head product C=7", lambda: _head("product", 96, 7, 3), hot=True),
-        Case("head product C=65", lambda: _head("product", 96, 65, 3)),
+        Case("head product C=31", lambda: _head("product", 96, 31, 3), hot=True),
         Case("head product C=345", lambda: _head("product", 160, 345, 5), hot=True),
         Case("head diagonal C=1 N=50000", lambda: _head("diagonal", 50000, 1, 2), hot=True),
         Case("row codes fp32 30 edges", lambda: _codes(single, 512, 30), hot=True),

@@ -21,7 +21,7 @@ from ._head_blocks import (
     LOOP,
     PRECISION,
     PRODUCT,
-    Blocks,
+    TILE,
     Matrices,
     added,
     blocks_of,
@@ -37,7 +37,7 @@ from ._head_blocks import (
 )
 from ._triton import tl, triton
 
-CLASSES_ONE_TILE = 128  # beyond, the kernels of _head_wide run
+CLASSES_ONE_TILE = 32  # beyond, the kernels of _head_wide run
 CLASSES_MOST = 1024
 
 
@@ -187,8 +187,7 @@ def _backward_kernel(
 # ---- plans ---------------------------------------------------------------------------------------
 
 
-def _options(blocks: Blocks) -> dict[str, int]:
-    return {"num_warps": 8 if blocks.classes > 64 else 4, "num_stages": 1}
+OPTIONS = {"num_warps": 4, "num_stages": 1}
 
 
 def plan_forward(
@@ -204,7 +203,7 @@ def plan_forward(
         return _head_wide.plan_forward(x, weight, bias, targets, vectors, offsets)
     (samples, columns), classes, domains = x.shape, weight.shape[0], len(offsets) - 1
     width, kind = columns + (bias is not None), kind_of(targets, vectors)
-    blocks = blocks_of(samples, columns, classes, tuple(offsets), x.device)
+    blocks = blocks_of(kind, samples, columns, classes, tuple(offsets), x.device)
     apart = 0 if vectors is None or vectors.shape[0] == 1 else classes * width
     second = None if vectors is None else Matrices(vectors, width, apart)
     parts, parts_u, dots = plan_dots(
@@ -240,10 +239,10 @@ def plan_forward(
         "PRECISION": PRECISION,
         "BLOCK_N": blocks.rows,
         "BLOCK_C": blocks.classes,
-        "BLOCK_D": blocks.columns,
+        "BLOCK_D": TILE,
     }
-    grid = (chunks, max(1, triton.cdiv(columns, blocks.columns)))
-    launches = [dots, Launch(_forward_kernel, grid, arguments, _options(blocks))]
+    grid = (chunks, max(1, triton.cdiv(columns, TILE)))
+    launches = [dots, Launch(_forward_kernel, grid, arguments, OPTIONS)]
     if partial is not out:
         launches.append(plan_fold(partial, blocks.tables.domains, out, None, columns))
     return (out, p, rest, u), launches
@@ -285,7 +284,7 @@ def plan_backward(
         )
     (samples, columns), classes = x.shape, weight.shape[0]
     width, kind = columns + (bias is not None), kind_of(targets, vectors)
-    blocks = blocks_of(samples, columns, classes, tuple(offsets), x.device)
+    blocks = blocks_of(kind, samples, columns, classes, tuple(offsets), x.device)
     tables = blocks.tables
     shared = vectors is None or vectors.shape[0] == 1
     parts, _, dots = plan_dots(
@@ -335,10 +334,10 @@ def plan_backward(
         "PRECISION": PRECISION,
         "BLOCK_N": blocks.rows,
         "BLOCK_C": blocks.classes,
-        "BLOCK_D": blocks.columns,
+        "BLOCK_D": TILE,
     }
-    grid = (chunks, max(1, triton.cdiv(columns, blocks.columns)))
-    launches = [dots, Launch(_backward_kernel, grid, arguments, _options(blocks))]
+    grid = (chunks, max(1, triton.cdiv(columns, TILE)))
+    launches = [dots, Launch(_backward_kernel, grid, arguments, OPTIONS)]
     if chunks > 1 and head_grad:
         folded = None if bias is None else to_bias
         launches.append(plan_fold(sums[0], tables.batch, to_weight, folded, columns))

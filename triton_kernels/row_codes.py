@@ -12,6 +12,7 @@ from ._attention_plan import Launch, run
 from ._triton import tl, triton
 
 TILE = 1024  # numbers that a program takes at a time
+PROGRAMS = 256  # of a launch at least, if there are as many rows
 OPTIONS = {"num_warps": 4, "num_stages": 2}
 
 
@@ -86,8 +87,7 @@ def plan_codes(
     rows, columns = x.shape
     count = 0 if edges is None else edges.shape[0]
     across = min(64, triton.next_power_of_2(max(1, columns)))
-    # Few rows are divided among more programs.
-    down = max(1, min(TILE // across, triton.next_power_of_2(max(1, rows // 256))))
+    down = min(TILE // across, triton.next_power_of_2(max(1, rows // PROGRAMS)))
     programs = triton.cdiv(rows, down)
     codes = x.new_empty((rows, 2), dtype=torch.int64)
     counts = x.new_empty((programs, 2), dtype=torch.int64)

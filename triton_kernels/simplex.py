@@ -326,8 +326,8 @@ def _vertices(
     met = regular & (tl.sum(stray.to(tl.int32), axis=1) == 0) & (vertex < vertices)
     w = _normalised(tl.where(met[:, None], w, 0.0))
     for r in range(n, rows):
-        number = tl.zeros([vertex.shape[0], 1], tl.int32) + r
-        row = _constraints(c, a, problem, live, number, top, n, GUIDE, T)
+        own = tl.zeros([vertex.shape[0], 1], tl.int32) + r
+        row = _constraints(c, a, problem, live, own, top, n, GUIDE, T)
         met = met & (tl.sum(tl.sum(row * w[:, None, :], axis=2), axis=1) >= -TINY)
     return w, met
 
@@ -386,7 +386,7 @@ def _pareto_kernel(
 def _lanes(n: int, count: int) -> dict[str, int]:
     """Sizes of tiles for ``count`` points of a problem of n unknowns."""
     width = max(2, triton.next_power_of_2(n))
-    lanes = 64 if width <= 4 else 32
+    lanes = min(64, 1024 // width**2)  # of as many numbers as registers hold several times
     own = min(lanes, triton.next_power_of_2(count))
     return {"T": width, "PROBLEMS": lanes // own, "LANES": own, "PARTS": triton.cdiv(count, own)}
 

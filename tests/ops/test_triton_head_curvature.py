@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 if not INTERPRETED:
 
     def test_kernels_under_the_interpreter():
-        assert run_under_interpreter(__file__).passed > 25
+        assert run_under_interpreter(__file__).passed > 20
 
 else:
     from transfuse.triton_kernels import _head_blocks, _head_wide, head_curvature
@@ -27,14 +27,12 @@ else:
     CASES = [
         pytest.param(find_spec(op), case, id=f"{op}-{case}".replace(" ", "_"))
         for op, cases in {
-            "head_gradient": ("domains", "binary, no bias", "primes", "no columns"),
+            "head_gradient": ("domains", "binary, no bias", "no columns"),
             "head_hessian_diagonal": (
                 "domains", "no bias", "binary", "primes", "no columns", "one sample", "saturated",
             ),
-            "head_hessian_product": (
-                "domains", "one domain", "binary", "primes", "no columns", "many small domains",
-            ),
-            "head_hgp": ("domains", "no columns"),
+            "head_hessian_product": ("domains", "one domain", "binary", "no columns"),
+            "head_hgp": ("domains",),
         }.items()
         for case in cases
     ]  # fmt: skip
@@ -75,10 +73,12 @@ else:
     def test_values_and_gradients(spec, case):
         _check(spec, spec.case(case), torch.float32)
 
-    @pytest.mark.parametrize("name", ["head_hessian_diagonal", "head_hessian_product"])
-    def test_half_precision(name):
-        for dtype in (torch.float16, torch.bfloat16):
-            _check(find_spec(name), find_spec(name).case("domains"), dtype)
+    @pytest.mark.parametrize(
+        ("name", "dtype"),
+        [("head_hessian_diagonal", torch.float16), ("head_hessian_product", torch.bfloat16)],
+    )
+    def test_half_precision(name, dtype):
+        _check(find_spec(name), find_spec(name).case("domains"), dtype)
 
     def _batch(classes, columns=35, samples=41):
         generator = torch.Generator().manual_seed(classes)
@@ -87,33 +87,35 @@ else:
         bias = 0.3 * torch.randn(classes, generator=generator)
         return x, weight, bias
 
-    def _all(head, vectors, backend, wide=False):
+    def _all(head, vectors, bounds, backend, wide=False):
         """Product and diagonal for domains, and gradients of both."""
         leaves = [(t.double() if wide else t).detach().requires_grad_() for t in (*head, vectors)]
-        product = ops.head_hessian_product(*leaves, segments=BOUNDS, backend=backend)
-        diagonal = ops.head_hessian_diagonal(*leaves[:3], segments=BOUNDS, backend=backend)
+        product = ops.head_hessian_product(*leaves, segments=bounds, backend=backend)
+        diagonal = ops.head_hessian_diagonal(*leaves[:3], segments=bounds, backend=backend)
         grads = torch.autograd.grad(product.square().sum() + diagonal.square().sum(), leaves)
         return [product.detach(), diagonal.detach(), *grads]
 
-    @pytest.mark.parametrize(("classes", "apart"), [(9, False), (9, True), (130, True)])
-    def test_batches_in_chunks(classes, apart, monkeypatch):
-        """Sums of several stretches of a domain, that are added in a launch of their own."""
-        for module in (_head_blocks, _head_wide, head_curvature):
-            monkeypatch.setattr(module, "LOOP", 1)
-        monkeypatch.setattr(_head_blocks, "PROGRAMS", 8)
-        head = _batch(classes)
-        vectors = torch.randn(*((4, 1) if apart else ()), classes, 36)
-        found = _all(head, vectors, "triton")
-        truth = _all(head, vectors, "reference", wide=True)
-        for own, want in zip(found, truth, strict=True):
-            torch.testing.assert_close(own, want.float(), rtol=1e-4, atol=2e-6 * want.abs().max())
-
-    @pytest.mark.parametrize(("classes", "apart"), [(65, True), (130, False), (130, True)])
-    def test_columns_in_parts_and_blocks_of_classes(classes, apart):
-        head = _batch(classes, columns=150)
-        vectors = torch.randn(*((4, 1) if apart else ()), classes, 151)
-        found = _all(head, vectors, "triton")
-        truth = _all(head, vectors, "reference", wide=True)
+    @pytest.mark.parametrize(
+        ("classes", "apart", "chunks"),
+        [(9, False, True), (9, True, True), (33, False, False), (33, True, True)],
+    )
+    def test_columns_in_parts_and_batches_in_chunks(classes, apart, chunks, monkeypatch):
+        """Products of two stretches of the columns, blocks of classes, and sums of several
+        stretches of a domain, that are added in a launch of their own."""
+        monkeypatch.setattr(_head_blocks, "COLUMNS", 16)
+        bounds = [0, 17, 20] if chunks else [0, 3, 7]
+        if chunks:
+            for module in (_head_blocks, _head_wide, head_curvature):
+                monkeypatch.setattr(module, "LOOP", 1)
+        head = _batch(classes, samples=bounds[-1])
+        sizes = (bounds[-1], 35, classes)
+        blocks = _head_blocks.blocks_of(2, *sizes, tuple(bounds), head[0].device)
+        assert blocks.splits == 2
+        assert (len(blocks.tables.chunks) > len(bounds)) == chunks
+        domains = (len(bounds) - 1, 1) if apart else ()
+        vectors = torch.randn(*domains, classes, 36, generator=torch.Generator().manual_seed(2))
+        found = _all(head, vectors, bounds, "triton")
+        truth = _all(head, vectors, bounds, "reference", wide=True)
         for own, want in zip(found, truth, strict=True):
             torch.testing.assert_close(own, want.float(), rtol=1e-4, atol=2e-6 * want.abs().max())
 

@@ -16,9 +16,15 @@ pytest.importorskip("triton")
 if not INTERPRETED:
 
     def test_kernel_under_the_interpreter():
-        assert run_under_interpreter(__file__).passed > 20
+        assert run_under_interpreter(__file__).passed > 10
 
 else:
+    from transfuse.triton_kernels import row_codes as kernels
+
+    @pytest.fixture(autouse=True)
+    def few_programs(monkeypatch):
+        """The interpreter runs one after the other."""
+        monkeypatch.setattr(kernels, "PROGRAMS", 2)
 
     def _rand(*shape, seed=0):
         return 0.6 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
@@ -28,9 +34,14 @@ else:
         assert torch.equal(one.codes, two.codes)
         assert one.below == two.below
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-    @pytest.mark.parametrize("shape", [(0, 3), (5, 0), (1, 1), (130, 7), (67, 130), (600, 1)])
-    def test_the_bits_of_the_definition(dtype, shape):
+    DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    SHAPES = ((0, 3), (5, 0), (1, 1), (37, 7), (5, 130), (40, 1))
+
+    @pytest.mark.parametrize(
+        ("shape", "dtype"),
+        [(shape, DTYPES[0]) for shape in SHAPES] + [((37, 7), dtype) for dtype in DTYPES[1:]],
+    )
+    def test_the_bits_of_the_definition(shape, dtype):
         x = _rand(*shape).to(dtype)
         for edges in (None, torch.linspace(-1, 1, 30), torch.zeros(1)):
             _same(x, edges, edges is not None and len(edges) > 1)
@@ -48,15 +59,16 @@ else:
         assert found.below == int((x < -1).sum())
 
     def test_strides():
-        x, edges = _rand(40, 9), torch.linspace(-1, 1, 30)
+        x, edges = _rand(10, 9), torch.linspace(-1, 1, 30)
         plain = row_codes(x, edges, backend="triton").codes
         for kind in inputs.STRIDES[:4]:
             strided = inputs.strided(x, kind)
             assert torch.equal(row_codes(strided, edges, backend="triton").codes, plain)
 
     def test_groups():
-        x = (4 * _rand(200, 3)).round() / 4
+        x = _rand(30, 3).round()
         one, two = (row_groups(x, backend=b) for b in ("triton", "cpu"))
+        assert 1 < len(two.counts) < 30
         assert torch.equal(one.group, two.group)
         assert torch.equal(one.counts, two.counts)
 

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 if not INTERPRETED:
 
     def test_kernels_under_the_interpreter():
-        assert run_under_interpreter(__file__).passed > 25
+        assert run_under_interpreter(__file__).passed > 20
 
 else:
 
@@ -37,7 +37,7 @@ else:
 
     @pytest.mark.parametrize(
         ("problems", "count", "rank"),
-        [(9, 1, 2), (21, 2, 4), (60, 3, 4), (20, 3, 1), (7, 4, 6), (5, 4, 2), (3, 5, 7), (2, 6, 3)],
+        [(2, 1, 2), (21, 2, 4), (20, 3, 4), (9, 3, 1), (5, 4, 6), (3, 4, 2), (2, 5, 7)],
     )
     def test_min_norm_is_that_of_the_definition(problems, count, rank):
         c = _gramians(problems, count, rank)
@@ -48,8 +48,8 @@ else:
         assert _violation(c, w).max() < 1e-12
         torch.testing.assert_close(w, want, rtol=0, atol=1e-9)
 
-    def test_min_norm_of_eight():
-        c = torch.cat((_gramians(1, 8, 9), _gramians(1, 8, 3)))
+    def test_faces_in_parts():
+        c = _gramians(1, 6, 3)
         w = min_norm_simplex(c, backend="triton")
         assert _violation(c, w).max() < 1e-12
         torch.testing.assert_close(w, min_norm_simplex(c, backend="cpu"), rtol=0, atol=1e-8)
@@ -74,7 +74,7 @@ else:
         torch.testing.assert_close(w, want, rtol=0, atol=1e-12)
 
     def test_scales_do_not_matter():
-        c = _gramians(10, 3, 4)
+        c = _gramians(4, 3, 4)
         w = min_norm_simplex(c, backend="triton")
         for scale in (2.0**-200, 2.0**200):
             moved = min_norm_simplex(scale * c, backend="triton")
@@ -100,9 +100,9 @@ else:
         assert torch.equal(found.weights[2], along.weights[2])
 
     def test_shapes_and_dtypes():
-        c = _gramians(2, 5, 3, 4)
+        c = _gramians(2, 3, 3, 4)
         whole = min_norm_simplex(c, backend="triton")
-        assert whole.shape == (2, 5, 3)
+        assert whole.shape == (2, 3, 3)
         assert torch.equal(min_norm_simplex(c[1, 2], backend="triton"), whole[1, 2])
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             rounded = c.to(dtype)
@@ -110,14 +110,18 @@ else:
             exact = min_norm_simplex(rounded.double(), backend="triton")
             assert torch.equal(w, exact.float())
         assert min_norm_simplex(torch.ones(0, 2, 2), backend="triton").shape == (0, 2)
-        strided = torch.empty(3, 3, 10, dtype=torch.float64).permute(2, 0, 1)
+        strided = torch.empty(3, 3, 6, dtype=torch.float64).permute(2, 0, 1)
         strided.copy_(c.flatten(0, 1))
         assert torch.equal(min_norm_simplex(strided, backend="triton"), whole.flatten(0, 1))
 
-    @pytest.mark.parametrize("mode", ["guide", "descent"])
-    @pytest.mark.parametrize("count", [1, 2, 3, 4])
-    def test_linear_programmes_are_those_of_the_definition(mode, count):
-        problems = 30 if count < 4 else 4
+    @pytest.mark.parametrize(
+        ("mode", "count", "problems"),
+        [
+            ("guide", 1, 4), ("guide", 2, 8), ("guide", 3, 8),
+            ("descent", 1, 4), ("descent", 2, 8), ("descent", 3, 8), ("descent", 4, 3),
+        ],
+    )  # fmt: skip
+    def test_linear_programmes_are_those_of_the_definition(mode, count, problems):
         c, a = _gramians(problems, count, count + 1, seed=count), _drawn(problems, count)
         # Ties of the guiding gradient, and programmes without a solution.
         a[0] = a[0, 0]
@@ -128,27 +132,22 @@ else:
         assert found.status.max() == (1 if mode == "descent" or a[1].max() < 0 else 0)
         torch.testing.assert_close(found.weights, want.weights, rtol=0, atol=1e-10)
 
-    def test_linear_programme_of_six():
-        c, a = _gramians(1, 6, 7), _drawn(1, 6)
-        found = pareto_lp(c, a, mode="guide", backend="triton")
-        want = pareto_lp(c, a, mode="guide", backend="cpu")
-        assert torch.equal(found.status, want.status)
-        torch.testing.assert_close(found.weights, want.weights, rtol=0, atol=1e-10)
+    def test_traced():
+        """Ops to torch.compile, with the gradients of the composition."""
+        calls = [(find_spec("min_norm_simplex"), "three"), (find_spec("pareto_lp"), "guide")]
+        args = [spec.case(case).build(torch.float32) for spec, case in calls]
+        leaves = [a.tensors["losses"].requires_grad_() for a in args]
 
-    @pytest.mark.parametrize(
-        ("op", "case"), [("min_norm_simplex", "three"), ("pareto_lp", "guide")]
-    )
-    def test_traced(op, case):
-        spec = find_spec(op)
-        args = spec.case(case).build(torch.float32)
-        leaf = args.tensors["losses"].requires_grad_()
-
-        def loss(backend, leaf):
-            return args.run(spec.op, {**args.tensors, "losses": leaf}, backend)[0].square().sum()
+        def loss(backend, *leaves):
+            total = 0.0
+            for (spec, _), own, leaf in zip(calls, args, leaves, strict=True):
+                tensors = {**own.tensors, "losses": leaf}
+                total = total + own.run(spec.op, tensors, backend)[0].square().sum()
+            return total
 
         compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-        found = torch.autograd.grad(compiled("triton", leaf), leaf)
-        want = torch.autograd.grad(loss("reference", leaf), leaf)
+        found = torch.autograd.grad(compiled("triton", *leaves), leaves)
+        want = torch.autograd.grad(loss("reference", *leaves), leaves)
         torch.testing.assert_close(found, want)
 
     def test_transforms():

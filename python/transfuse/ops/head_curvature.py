@@ -67,7 +67,7 @@ def head_gradient(
     Notes:
         Two matrix products of 2 N C d operations, on the CPU in one kernel for all domains, and
         one for the gradients; in Triton two launches for all domains, and two for the gradients
-        (with more than 128 classes three, and up to five), while N d C is at most 2^29 or C at most
+        (with more than 32 classes three, and up to five), while N d C is at most 2^29 or C at most
         16. Arithmetic is float32 (float64), also for half inputs and under
         autocast. The same bits come out for every number of threads. A sample that is not finite
         makes the results of its domain NaN and leaves those of others: features are not searched
