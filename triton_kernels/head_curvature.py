@@ -22,6 +22,7 @@ from ._head_blocks import (
     PRECISION,
     PRODUCT,
     TILE,
+    Blocks,
     Matrices,
     added,
     blocks_of,
@@ -187,7 +188,8 @@ def _backward_kernel(
 # ---- plans ---------------------------------------------------------------------------------------
 
 
-OPTIONS = {"num_warps": 4, "num_stages": 1}
+def _options(blocks: Blocks) -> dict[str, int]:
+    return {"num_warps": 8 if blocks.classes > 16 else 4, "num_stages": 1}
 
 
 def plan_forward(
@@ -242,7 +244,7 @@ def plan_forward(
         "BLOCK_D": TILE,
     }
     grid = (chunks, max(1, triton.cdiv(columns, TILE)))
-    launches = [dots, Launch(_forward_kernel, grid, arguments, OPTIONS)]
+    launches = [dots, Launch(_forward_kernel, grid, arguments, _options(blocks))]
     if partial is not out:
         launches.append(plan_fold(partial, blocks.tables.domains, out, None, columns))
     return (out, p, rest, u), launches
@@ -337,7 +339,7 @@ def plan_backward(
         "BLOCK_D": TILE,
     }
     grid = (chunks, max(1, triton.cdiv(columns, TILE)))
-    launches = [dots, Launch(_backward_kernel, grid, arguments, OPTIONS)]
+    launches = [dots, Launch(_backward_kernel, grid, arguments, _options(blocks))]
     if chunks > 1 and head_grad:
         folded = None if bias is None else to_bias
         launches.append(plan_fold(sums[0], tables.batch, to_weight, folded, columns))

@@ -136,11 +136,6 @@ def launcher(name: str) -> Callable:
     return launch
 
 
-def _traced(name: str) -> Callable:
-    """The launcher as an op, which torch.compile sees instead of kernels."""
-    return lambda *arguments: getattr(torch.ops.transfuse, f"{name}_triton")(*arguments)
-
-
 KERNELS = {
     "cpu": ("min_norm_simplex", "nonneg_qp", "pareto_lp"),
     "triton": ("min_norm_simplex", "pareto_lp"),
@@ -154,8 +149,7 @@ _COMPOSED: dict[str, Callable] = {
 _SOLVERS = {
     **{(name, "composed"): solver for name, solver in _COMPOSED.items()},
     **{(name, "cpu"): _kernel(name) for name in KERNELS["cpu"]},
-    **{(name, "triton"): launcher(name) for name in KERNELS["triton"]},
-    **{(name, "traced"): _traced(name) for name in KERNELS["triton"]},
+    **{(name, "triton"): _kernel(f"{name}_triton") for name in KERNELS["triton"]},
 }
 _FUNCTIONS = {key: _constant(key[0], solver) for key, solver in _SOLVERS.items()}
 
@@ -169,8 +163,6 @@ def solve(
     shaped = tensors if name == op else ()
     chosen = _backend.choose(op, backend, tensors[0].device, torch.float64, shaped)
     kernel = chosen in KERNELS and name == op and tensors[0].shape[0] > 0
-    if kernel and chosen == "triton" and torch.compiler.is_compiling():
-        chosen = "traced"
     key = (name, chosen if kernel else "composed")
     # Detached tensors: only torch.func and forward mode can still be watching.
     if needs_derivative(tensors):
