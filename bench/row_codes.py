@@ -38,9 +38,11 @@ def _make(rows: int, units: int) -> Callable[[Setup], Workload]:
             # As published code writes it with NumPy: rows of bytes, sorted as such.
             import numpy as np
 
-            cells = np.ascontiguousarray(np.digitize(t["x"].float().numpy(), edges.numpy()))
+            cells = np.digitize(t["x"].float().cpu().numpy(), edges.cpu().numpy())
+            cells = np.ascontiguousarray(cells)
             rows_ = cells.view(np.dtype((np.void, cells.dtype.itemsize * cells.shape[1])))
-            return _entropy(torch.from_numpy(np.unique(rows_, return_counts=True)[1]))
+            counts = torch.from_numpy(np.unique(rows_, return_counts=True)[1])
+            return _entropy(counts).to(setup.device)
 
         return Workload(
             tensors={"x": x},

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from transfuse import _backend
 from transfuse.ops import min_norm_simplex, nonneg_qp, pareto_lp
 
-from .cases import Case, Setup, Target, Tensors, Workload
+from .cases import Case, Setup, Target, Tensors, Unavailable, Workload
 from .inputs import normal
 
 FLOOR = "matrices read once and weights written once; no floor for an active-set method"
@@ -59,8 +60,16 @@ def _scipy(t: Tensors) -> Tensor:
     g, q = t["g"].double(), t["q"].double()
     factor = torch.linalg.cholesky(g)
     right = torch.linalg.solve_triangular(factor, -q[..., None], upper=False)[..., 0]
-    rows = [nnls(a, b)[0] for a, b in zip(factor.mT.numpy(), right.numpy(), strict=True)]
-    return torch.stack([torch.from_numpy(x) for x in rows]).to(t["g"].dtype)
+    pairs = zip(factor.mT.cpu().numpy(), right.cpu().numpy(), strict=True)
+    return torch.stack([torch.from_numpy(nnls(a, b)[0]) for a, b in pairs]).to(t["g"])
+
+
+def _needs(setup: Setup, op: str, matrix: Tensor) -> None:
+    """Raise Unavailable where the backend has no kernel for matrices of this size."""
+    setup.need(op)
+    reason = _backend.why_not(op, setup.backend, matrix.device, matrix.dtype, (matrix,))
+    if reason is not None:
+        raise Unavailable(reason)
 
 
 def _workload(tensors: Tensors, setup: Setup, call: Callable, **more: object) -> Workload:
@@ -85,6 +94,8 @@ def _min_norm(problems: int, count: int) -> Callable[[Setup], Workload]:
     def make(setup: Setup) -> Workload:
         g = normal(problems, count, count + 3, generator=setup.generator(), dtype=setup.dtype,
                    device=setup.device)  # fmt: skip
+        c = g @ g.mT
+        _needs(setup, "min_norm_simplex", c)
         # The composition of the library itself is what users without kernels run.
         expressions = {"separate": lambda t: min_norm_simplex(t["gramian"], backend="reference")}
         if count == 2:
@@ -92,7 +103,7 @@ def _min_norm(problems: int, count: int) -> Callable[[Setup], Workload]:
         if count == 3:
             expressions |= {"eager": _eager_three, "torchjd": _torchjd}
         return _workload(
-            {"gramian": g @ g.mT},
+            {"gramian": c},
             setup,
             lambda t, backend: min_norm_simplex(t["gramian"], backend=backend),
             expressions=expressions,
@@ -129,6 +140,8 @@ def _nonnegative(problems: int, n: int) -> Callable[[Setup], Workload]:
             normal(*s, generator=generator, dtype=setup.dtype, device=setup.device)
             for s in ((problems, n, 2 * n), (problems, n))
         )
+
+        _needs(setup, "nonneg_qp", g)
 
         def call(t: Tensors, backend: str) -> Tensor:
             return nonneg_qp(t["g"], t["q"], backend=backend).x

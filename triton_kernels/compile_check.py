@@ -30,6 +30,8 @@ from .adain import plan_content, plan_style
 from .attention_backward import Tangents, plan_gradients
 from .attention_forward import plan_forward, plan_fused
 from .attention_jvp import plan_jvp
+from .head_curvature import plan_backward as plan_head_backward
+from .head_curvature import plan_forward as plan_head_forward
 from .kernel_sums import Plan as KernelPlan
 from .kernel_sums import (
     packed_like,
@@ -48,7 +50,9 @@ from .multitensor_sums import plan_gram as plan_products
 from .multitensor_sums import plan_norm
 from .nes import plan_gradient, plan_perturb
 from .patch_gram import plan_gram
+from .row_codes import plan_codes
 from .saliency import plan_entries, plan_map, plan_product, plan_statistics
+from .simplex import plan_min_norm, plan_pareto
 from .token_merging import plan_gather, plan_nearest, plan_push, plan_segments
 from .window_attention import plan_forward as plan_windows
 
@@ -345,6 +349,30 @@ def _saliency(dtype: torch.dtype, kind: str, code: int, last: bool = False) -> l
     ]
 
 
+def _head(kind: str, samples: int, classes: int, domains: int) -> list[Launch]:
+    """Forward and all gradients of a head of 2048 columns (large batches: 390), with a bias."""
+    columns = 2048 if samples < 4096 else 390
+    x, weight = (_meta(n, columns, dtype=torch.float32) for n in (samples, classes))
+    bias, rows = (_meta(*n, dtype=torch.float32) for n in ((classes,), (samples, classes)))
+    out = _meta(domains, classes, columns + 1, dtype=torch.float32)
+    targets, vectors = (rows if kind == "gradient" else None, out if kind == "product" else None)
+    call = (x, weight, bias, targets, vectors, [samples * e // domains for e in range(domains + 1)])
+    results, launches = plan_head_forward(*call)
+    return launches + plan_head_backward(out, *results[1:], *call, True, True, True)[1]
+
+
+def _codes(dtype: torch.dtype, units: int, edges: int) -> list[Launch]:
+    """Rows of activations, in cells or (no edges) as they are."""
+    bounds = _meta(edges, dtype=torch.float32) if edges > 0 else None
+    return [plan_codes(_meta(16384, units, dtype=dtype), bounds, True)[2]]
+
+
+def _simplex(kind: str, count: int) -> list[Launch]:
+    """10,000 problems."""
+    c, a = (_meta(10_000, *n, dtype=torch.float64) for n in ((count, count), (count,)))
+    return [plan_min_norm(c)[1] if kind == "min norm" else plan_pareto(c, a, False)[2]]
+
+
 def cases() -> list[Case]:
     """The compact set that is compiled."""
     single, half, brain = torch.float32, torch.float16, torch.bfloat16
@@ -408,6 +436,18 @@ def cases() -> list[Case]:
         Case("saliency norm fp32", lambda: _saliency(single, "product", 0), hot=True),
         Case("saliency max bf16 c. last", lambda: _saliency(brain, "product", 3, True), hot=True),
         Case("saliency depth-wise fp32", lambda: _saliency(single, "entries", 1)),
+        Case("head gradient C=7", lambda: _head("gradient", 96, 7, 3), hot=True),
+        Case("head diagonal C=65", lambda: _head("diagonal", 96, 65, 3), hot=True),
+        Case("head product C=7", lambda: _head("product", 96, 7, 3), hot=True),
+        Case("head product C=31", lambda: _head("product", 96, 31, 3), hot=True),
+        Case("head product C=345", lambda: _head("product", 160, 345, 5), hot=True),
+        Case("head diagonal C=1 N=50000", lambda: _head("diagonal", 50000, 1, 2), hot=True),
+        Case("row codes fp32 30 edges", lambda: _codes(single, 512, 30), hot=True),
+        Case("row codes bf16", lambda: _codes(brain, 10, 0), hot=True),
+        Case("min norm T=3", lambda: _simplex("min norm", 3), hot=True),
+        Case("min norm T=8", lambda: _simplex("min norm", 8)),
+        Case("pareto T=3", lambda: _simplex("pareto", 3), hot=True),
+        Case("pareto T=6", lambda: _simplex("pareto", 6)),
         Case("mix fp32 products", lambda: _mix(single, 0, True, False), hot=True),
         Case("norm fp32", lambda: _sums_of_lists(single, 1, 2), hot=True),
         Case("norm fp16 largest", lambda: _sums_of_lists(half, 1, 0), hot=True),

@@ -48,13 +48,17 @@ def over(*axes: str, keep: Callable[..., bool] = lambda *_: True) -> pytest.Mark
     rows = [(spec,) for spec in SPECS]
     for axis in axes:
         rows = [(*row, choice) for row in rows for choice in choices[axis](row[0])]
-    rows = [row for row in rows if keep(*row)]
+    rows = [row for row in rows if keep(*row) and not _refused(row)]
     if "backend" in axes:
         rows = _once_if_never(rows)
     ids = ["-".join(_name(v).replace(" ", "_") for v in row) for row in rows]
     if not axes:
         rows = [row[0] for row in rows]
     return pytest.mark.parametrize(",".join(("spec", *axes)), rows, ids=ids)
+
+
+def _refused(row: Sequence[object]) -> bool:
+    return any(isinstance(v, Case) and not v.refused_by.isdisjoint(row[1:]) for v in row[1:])
 
 
 def _once_if_never(rows: Sequence[tuple]) -> list[tuple]:

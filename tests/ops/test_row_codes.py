@@ -33,6 +33,20 @@ def test_every_backend_gives_the_same_bits(dtype, shape):
                 assert one.below == int((x.float() < edges[0]).sum())
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(0, 3), (5, 0), (1, 1), (130, 7), (67, 1030), (16384, 512)])
+def test_the_kernel_of_gpus_gives_the_same_bits(dtype, shape):
+    x = rand(*shape).to(dtype)
+    for edges in (None, EDGES, torch.linspace(-1, 1, 200), torch.zeros(1)):
+        moved = None if edges is None else edges.cuda()
+        one, two = (row_codes(x.cuda(), moved, wrap=True, backend=b) for b in ("triton", None))
+        want = row_codes(x, edges, wrap=True)
+        for found in (one, two):
+            assert torch.equal(found.codes.cpu(), want.codes)
+            assert found.below == want.below
+
+
 def test_strides_and_threads():
     x = rand(300, 40)
     plain = row_codes(x, EDGES).codes
@@ -102,7 +116,7 @@ def test_zeros_and_edges():
         (lambda: row_codes(torch.zeros(3, 1), EDGES.flip(0)), ValueError, "edges: .* ascending"),
         (lambda: row_codes(torch.zeros(3, 1), EDGES[:0]), ValueError, "edges: expected at least"),
         (lambda: row_codes(torch.zeros(3, 1), EDGES, wrap=1), TypeError, "wrap: expected True"),
-        (lambda: row_codes(torch.zeros(3, 1), backend="triton"), RuntimeError, "no triton kernel"),
+        (lambda: row_codes(torch.zeros(3, 1), backend="cuda"), RuntimeError, "no cuda kernel"),
     ],
 )
 def test_refused(call, error, match):

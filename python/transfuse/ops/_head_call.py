@@ -165,6 +165,26 @@ def cuda_limit(features: Tensor, weight: Tensor | None = None, *_: Tensor) -> st
     return None
 
 
+# Beyond, products of torch's GEMM take longer than the launches that the kernels save.
+TRITON_CLASSES, TRITON_PRODUCTS = 1024, 2**29
+
+
+def triton_limit(features: Tensor, weight: Tensor | None = None, *_: Tensor) -> str | None:
+    """Why the Triton kernels do not take a head of this size; None if they do."""
+    if weight is None or weight.dim() != 2:
+        return None
+    classes = weight.shape[0]
+    if classes > TRITON_CLASSES:
+        return f"{classes} classes are more than {TRITON_CLASSES}"
+    count = features.numel() * classes
+    if classes > 16 and count > TRITON_PRODUCTS:
+        return (
+            f"products of {count} multiply-adds (N d C) are what torch's matrix products do best; "
+            f"up to {TRITON_PRODUCTS} with more than 16 classes"
+        )
+    return None
+
+
 def full_precision(like: Tensor) -> AbstractContextManager:
     """Switches autocast off where it is on: statistics are float32 at least."""
     kind = like.device.type

@@ -1,4 +1,4 @@
-"""The differentiable core of the head curvature ops on the CPU: kernels, and rules of derivatives.
+"""The differentiable core of the head curvature ops: kernels by backend, and rules of derivatives.
 
 The kernels give the gradient (with targets), the Hessian's product with a vector for each domain or
 for all (with vectors) or its diagonal (with neither), and the first derivative of each. The second
@@ -9,6 +9,7 @@ transforms do not come here: the wrappers run the composition for them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,26 +19,50 @@ from transfuse._autograd import Differentiable, Tensors, function
 from transfuse.ops import _head_reference
 from transfuse.ops._head_call import Head, Segments
 
+# A backend whose kernels torch.compile sees as an op, besides the launcher that runs in eager mode.
+TRACED = "triton, traced"
+
 
 class Static(NamedTuple):
-    """What a call has besides tensors; then the gradients that are wanted."""
+    """What a call has besides tensors, and the gradients that are wanted."""
 
     offsets: tuple[int, ...]
+    backend: str = "cpu"
     x_grad: bool = True
     head_grad: bool = True
     vectors_grad: bool = True
 
 
+class Kernels(NamedTuple):
+    """The raw ops of a backend, with the arguments of the C++ schemas."""
+
+    forward: Callable
+    backward: Callable
+
+
+def kernels(backend: str) -> Kernels:
+    """The raw ops of a backend."""
+    if backend == "triton":
+        from transfuse.triton_kernels import head_curvature
+
+        return Kernels(head_curvature.head_forward, head_curvature.head_backward)
+    ops = torch.ops.transfuse
+    if backend == TRACED:
+        return Kernels(ops.head_forward_triton, ops.head_backward_triton)
+    return Kernels(ops.head_forward, ops.head_backward)
+
+
 def forward(static: Static, tensors: Tensors) -> tuple[Tensor, ...]:
     """The result, p, 1 - p and u of (x, weight, bias, targets, vectors)."""
-    return torch.ops.transfuse.head_forward(*tensors, static.offsets)
+    return kernels(static.backend).forward(*tensors, static.offsets)
 
 
 def backward(static: Static, tensors: Tensors) -> tuple[Tensor, ...]:
     """Gradients by x, weight, bias and vectors, of (grad, p, 1 - p, u, x, weight, bias, targets,
     vectors)."""
     grad, *rest = tensors
-    return torch.ops.transfuse.head_backward(grad.contiguous(), *rest, *static)
+    wanted = (static.x_grad, static.head_grad, static.vectors_grad)
+    return kernels(static.backend).backward(grad.contiguous(), *rest, static.offsets, *wanted)
 
 
 def composed(head: Head, targets: Tensor | None, vectors: Tensor | None) -> Tensor:
@@ -89,7 +114,7 @@ def rules(table: Callable[[], Calls]) -> dict[str, Callable]:
             return [None] * 5
         _, *rest = outputs
         to_x, to_weight, to_bias, to_vectors = table().backward(
-            Static(static.offsets, *wanted), (grads[0], *rest, *tensors)
+            Static(static.offsets, static.backend, *wanted), (grads[0], *rest, *tensors)
         )
         found = (to_x, to_weight, to_bias, None, to_vectors)
         return [g if need else None for g, need in zip(found, needs, strict=True)]
@@ -152,9 +177,9 @@ def _fake_backward(
     )
 
 
-def _setup_forward(ctx, inputs, output):
+def _setup_forward(backend, ctx, inputs, output):
     *tensors, offsets = inputs
-    ctx.static = Static(tuple(offsets))
+    ctx.static = Static(tuple(offsets), backend)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output)
 
@@ -165,9 +190,9 @@ def _backward_of_forward(ctx, *grads):
     return (*found, None)
 
 
-def _setup_backward(ctx, inputs, output):
+def _setup_backward(backend, ctx, inputs, output):
     *tensors, offsets, x_grad, head_grad, vectors_grad = inputs
-    ctx.static = Static(tuple(offsets), x_grad, head_grad, vectors_grad)
+    ctx.static = Static(tuple(offsets), backend, x_grad, head_grad, vectors_grad)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors)
 
@@ -177,11 +202,29 @@ def _backward_of_backward(ctx, *grads):
     return (*found, None, None, None, None)
 
 
-def register() -> None:
-    """Attach fakes and autograd to the C++ ops; called once, after the library is loaded."""
+_HEAD = "Tensor x, Tensor weight, Tensor? bias, Tensor? targets, Tensor? vectors, int[] offsets"
+_FOUR = "(Tensor, Tensor, Tensor, Tensor)"
+_SCHEMAS = {
+    "forward": f"({_HEAD}) -> {_FOUR}",
+    "backward": f"(Tensor grad, Tensor p, Tensor rest, Tensor u, {_HEAD}, bool x_grad, "
+    f"bool head_grad, bool vectors_grad) -> {_FOUR}",
+}
+
+
+def register(backend: str) -> None:
+    """Attach fakes and autograd to the C++ ops, or make the ops of :data:`TRACED` with theirs;
+    called once for each."""
     for name, fake, setup, rule in (
         ("forward", _fake_forward, _setup_forward, _backward_of_forward),
         ("backward", _fake_backward, _setup_backward, _backward_of_backward),
     ):
-        torch.library.register_fake(f"transfuse::head_{name}", fake)
-        torch.library.register_autograd(f"transfuse::head_{name}", rule, setup_context=setup)
+        full = f"transfuse::head_{name}"
+        if backend == TRACED:
+            full += "_triton"
+
+            def launch(*arguments, name=name):
+                return getattr(kernels("triton"), name)(*arguments)
+
+            torch.library.custom_op(full, launch, mutates_args=(), schema=_SCHEMAS[name])
+        torch.library.register_fake(full, fake)
+        torch.library.register_autograd(full, rule, setup_context=partial(setup, backend))

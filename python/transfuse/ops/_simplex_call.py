@@ -16,6 +16,14 @@ PARETO_MOST = 6
 STATUSES = ("solved", "infeasible", "not finite")
 
 
+def triton_limit(gramian: Tensor, *_: Tensor) -> str | None:
+    """Why the Triton kernel of min_norm_simplex does not take a matrix; None if it does."""
+    count = gramian.shape[-1] if gramian.dim() > 0 else 0
+    if count > composed.FACES_MOST:
+        return f"every face is tried, which {count} gradients have too many of (up to 8)"
+    return None
+
+
 def check_matrix(name: str, value: object, axis: str = "T") -> Tensor:
     """A floating (..., n, n) matrix with n of at least 1."""
     if not isinstance(value, Tensor):
@@ -117,14 +125,31 @@ def _kernel(name: str) -> Callable:
     return lambda *arguments: getattr(torch.ops.transfuse, name)(*arguments)
 
 
+def launcher(name: str) -> Callable:
+    """Of a Triton kernel, which is loaded by the first call."""
+
+    def launch(*arguments):
+        from transfuse.triton_kernels import simplex
+
+        return getattr(simplex, name)(*arguments)
+
+    return launch
+
+
+KERNELS = {
+    "cpu": ("min_norm_simplex", "nonneg_qp", "pareto_lp"),
+    "triton": ("min_norm_simplex", "pareto_lp"),
+}
 _COMPOSED: dict[str, Callable] = {
     "min_norm_simplex": composed.min_norm,
     "nonneg_qp": composed.nonneg,
     "pareto_lp": composed.pareto,
     "frank_wolfe": composed.frank_wolfe,
 }
-_SOLVERS = {(name, "composed"): solver for name, solver in _COMPOSED.items()} | {
-    (name, "cpu"): _kernel(name) for name in ("min_norm_simplex", "nonneg_qp", "pareto_lp")
+_SOLVERS = {
+    **{(name, "composed"): solver for name, solver in _COMPOSED.items()},
+    **{(name, "cpu"): _kernel(name) for name in KERNELS["cpu"]},
+    **{(name, "triton"): _kernel(f"{name}_triton") for name in KERNELS["triton"]},
 }
 _FUNCTIONS = {key: _constant(key[0], solver) for key, solver in _SOLVERS.items()}
 
@@ -134,9 +159,11 @@ def solve(
 ) -> tuple[Tensor, ...]:
     """The results of an op for flat tensors (see :func:`flatten`), by the backend that runs it."""
     op = "min_norm_simplex" if name == "frank_wolfe" else name
-    chosen = _backend.choose(op, backend, tensors[0].device, torch.float64)
-    kernel = chosen == "cpu" and name == op and tensors[0].shape[0] > 0
-    key = (name, "cpu" if kernel else "composed")
+    # Limits of shapes are those of the exact solvers.
+    shaped = tensors if name == op else ()
+    chosen = _backend.choose(op, backend, tensors[0].device, torch.float64, shaped)
+    kernel = chosen in KERNELS and name == op and tensors[0].shape[0] > 0
+    key = (name, chosen if kernel else "composed")
     # Detached tensors: only torch.func and forward mode can still be watching.
     if needs_derivative(tensors):
         return _FUNCTIONS[key](static, tensors)

@@ -20,9 +20,14 @@ __all__ = [
 
 _backend.declare("head_hessian_trace", ("reference",))
 for _name in ("head_gradient", "head_hessian_diagonal", "head_hessian_product", "head_hgp"):
-    _backend.declare(_name, ("reference", "cpu", "cuda"))
+    _backend.declare(
+        _name,
+        ("reference", "cpu", "triton", "cuda"),
+        limits={"triton": _head_call.triton_limit, "cuda": _head_call.cuda_limit},
+    )
+_head_core.register(_head_core.TRACED)
 if _native.status().loaded:
-    _head_core.register()
+    _head_core.register("cpu")
 
 
 def head_gradient(
@@ -50,7 +55,7 @@ def head_gradient(
             int64 or int32 tensor, whose entries are read): domain e has the samples
             ``segments[e]`` to ``segments[e + 1] - 1``, at least one. None: all samples are one
             domain.
-        backend: None, ``"reference"``, ``"cpu"`` or ``"cuda"`` (up to 128 classes).
+        backend: None, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
 
     Returns:
         (E, C, D), without ``segments`` (C, D): gradient by weight in the first d columns, by bias
@@ -63,7 +68,9 @@ def head_gradient(
 
     Notes:
         Two matrix products of 2 N C d operations, on the CPU in one kernel for all domains, and
-        one for the gradients. Arithmetic is float32 (float64), also for half inputs and under
+        one for the gradients; in Triton two launches for all domains, and two for the gradients
+        (with more than 32 classes three, and up to five), while N d C is at most 2^29 or C at most
+        16. Arithmetic is float32 (float64), also for half inputs and under
         autocast. The same bits come out for every number of threads. A sample that is not finite
         makes the results of its domain NaN and leaves those of others: features are not searched
         for such numbers.
@@ -86,9 +93,8 @@ def head_gradient(
     head = _head_call.head(features, weight, bias, segments)
     targets = _head_call.targets(labels, head.features, head.classes)
     chosen = _chosen("head_gradient", backend, head)
-    run = _head_core.composed if chosen == "composed" else _kernel
     with full_precision(head.features):
-        return head.segments.shape(run(head, targets, None))
+        return head.segments.shape(_run(chosen, head, targets, None))
 
 
 def head_hessian_diagonal(
@@ -111,7 +117,7 @@ def head_hessian_diagonal(
         weight: (C, d); C = 1 is the binary head.
         bias: (C,) or None.
         segments: offsets of the domains, or None.
-        backend: None, ``"reference"``, ``"cpu"`` or ``"cuda"`` (up to 128 classes).
+        backend: None, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
 
     Returns:
         (E, C, D), without ``segments`` (C, D); layout and dtype of :func:`head_gradient`.
@@ -139,31 +145,31 @@ def head_hessian_diagonal(
     """
     head = _head_call.head(features, weight, bias, segments)
     chosen = _chosen("head_hessian_diagonal", backend, head)
-    run = _head_core.composed if chosen == "composed" else _kernel
     with full_precision(head.features):
-        return head.segments.shape(run(head, None, None))
+        return head.segments.shape(_run(chosen, head, None, None))
 
 
 def _chosen(op: str, backend: str | None, head: Head) -> str:
     """The backend that runs. Transforms and forward mode take the composition, whose derivatives of
     any order and direction are torch's own."""
-    chosen = _backend.choose(op, backend, head.features.device, head.features.dtype)
-    if chosen == "cuda":
-        reason = _head_call.cuda_limit(head.features, head.weight)
-        if reason is not None:
-            raise RuntimeError(f"{op}: backend 'cuda' cannot run: {reason}")
+    x = head.features
+    chosen = _backend.choose(op, backend, x.device, x.dtype, (x, head.weight))
     return "composed" if chosen == "reference" or transformed() else chosen
 
 
-def _kernel(head: Head, targets: Tensor | None, vectors: Tensor | None) -> Tensor:
+def _run(chosen: str, head: Head, targets: Tensor | None, vectors: Tensor | None) -> Tensor:
     """The gradient (with targets), the product with vectors (E, C, D) or (1, C, D), or the
     diagonal (with neither), (E, C, D)."""
+    if chosen == "composed":
+        return _head_core.composed(head, targets, vectors)
     tensors = [
         None if t is None else t.contiguous()
         for t in (head.features, head.weight, head.bias, targets, vectors)
     ]
-    static = _head_core.Static(head.segments.bounds)
     eager = not torch.compiler.is_compiling()
+    if chosen == "triton" and not eager:
+        chosen = _head_core.TRACED
+    static = _head_core.Static(head.segments.bounds, chosen)
     call = _head_core.functions if eager and needs_derivative(tensors) else _head_core
     return call.forward(static, tensors)[0]
 
@@ -236,7 +242,7 @@ def head_hessian_product(
         vectors: (C, D), one for all domains; (R, C, D), R of them for all domains; or
             (E, R, C, D), R for each. Floating; D and its columns as in :func:`head_gradient`.
         segments: offsets of the domains, or None.
-        backend: None, ``"reference"``, ``"cpu"`` or ``"cuda"`` (up to 128 classes).
+        backend: None, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
 
     Returns:
         (E, R, C, D): without E if there are no ``segments``, without R for one vector (C, D).
@@ -269,7 +275,7 @@ def head_hessian_product(
         if chosen != "composed" and (many.shape[-3] == 1 or backend is not None):
             # The runs are the first axis, or the one behind the domains.
             own = many[:, None] if many.dim() == 3 else many.transpose(0, 1)
-            parts = [_kernel(head, None, own[run]) for run in range(own.shape[0])]
+            parts = [_run(chosen, head, None, own[run]) for run in range(own.shape[0])]
             result = torch.stack(parts, 1) if parts else _head_reference.product(head, many)
         else:
             result = _head_reference.product(head, many)
@@ -295,7 +301,7 @@ def head_hgp(
         bias: (C,) or None.
         labels: (N,), as in :func:`head_gradient`.
         segments: offsets of the domains, or None.
-        backend: None, ``"reference"``, ``"cpu"`` or ``"cuda"`` (up to 128 classes).
+        backend: None, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
 
     Returns:
         (E, C, D), without ``segments`` (C, D); layout and dtype of :func:`head_gradient`.
@@ -328,4 +334,5 @@ def head_hgp(
     with full_precision(head.features):
         if chosen == "composed":
             return head.segments.shape(_head_reference.hgp(head, targets))
-        return head.segments.shape(_kernel(head, None, _kernel(head, targets, None)))
+        slope = _run(chosen, head, targets, None)
+        return head.segments.shape(_run(chosen, head, None, slope))

@@ -12,7 +12,11 @@ from transfuse.ops._row_codes_reference import codes_of
 
 __all__ = ["RowCodes", "RowGroups", "row_codes", "row_groups"]
 
-_backend.declare("row_codes", ("reference", "cpu"))
+_backend.declare(
+    "row_codes",
+    ("reference", "cpu", "triton"),
+    dtypes={"triton": (torch.float32, torch.float64, torch.bfloat16, torch.float16)},
+)
 
 
 def _fake(x, edges, wrap):
@@ -52,7 +56,7 @@ def row_codes(
         edges: (E,), floating, ascending, E at least 1; None: the numbers themselves, exactly
             (-0 is 0).
         wrap: numbers below the first edge go to the last cell; otherwise to the first.
-        backend: None, ``"reference"`` or ``"cpu"``; a named one never falls back.
+        backend: None, ``"reference"``, ``"cpu"`` or ``"triton"``; a named one never falls back.
 
     Returns:
         :class:`RowCodes`. Every backend gives the same bits.
@@ -87,6 +91,10 @@ def row_codes(
     chosen = _backend.choose("row_codes", backend, x.device, x.dtype)
     if chosen == "cpu":
         codes, counts = torch.ops.transfuse.row_codes(x.detach(), edges, wrap)
+    elif chosen == "triton":
+        from transfuse.triton_kernels import row_codes as kernels
+
+        codes, counts = kernels.row_codes(x.detach(), edges, wrap)
     else:
         codes, counts = codes_of(x.detach(), edges, wrap)
     missing, below = counts.tolist()

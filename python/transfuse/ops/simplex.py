@@ -12,8 +12,16 @@ from transfuse.ops import _simplex_call as call
 
 __all__ = ["NonnegativeSolution", "ParetoSolution", "min_norm_simplex", "nonneg_qp", "pareto_lp"]
 
-for _name in ("min_norm_simplex", "nonneg_qp", "pareto_lp"):
-    _backend.declare(_name, ("reference", "cpu"))
+# Kernels compute in float64, whatever the matrix has.
+_WIDE = {"triton": (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
+_backend.declare("nonneg_qp", ("reference", "cpu"))
+_backend.declare("pareto_lp", ("reference", "cpu", "triton"), dtypes=_WIDE)
+_backend.declare(
+    "min_norm_simplex",
+    ("reference", "cpu", "triton"),
+    dtypes=_WIDE,
+    limits={"triton": call.triton_limit},
+)
 
 _SOLVERS: dict[object, int] = {"exact": 0, "frank_wolfe": 1}
 _MODES: dict[object, int] = {"guide": 1, "descent": 0}
@@ -52,8 +60,8 @@ def min_norm_simplex(
         iterations: at most, of ``"frank_wolfe"``.
         tolerance: of ``"frank_wolfe"``: duality gap relative to the value at which a problem
             stops.
-        backend: None, ``"reference"`` or ``"cpu"``; a named one never falls back. For the exact
-            solver; ``"frank_wolfe"`` is composed of torch operations.
+        backend: None, ``"reference"``, ``"cpu"`` or ``"triton"`` (T up to 8); a named one never
+            falls back. For the exact solver; ``"frank_wolfe"`` is composed of torch operations.
 
     Returns:
         (..., T) float32 (float64 for float64), at least 0, sum 1. NaN where the matrix is not
@@ -66,11 +74,12 @@ def min_norm_simplex(
     Notes:
         The matrix is divided by its largest entry and solved in float64, so weights depend neither
         on the scale of the losses nor, up to a ratio of 1e8, on the ratio of the gradients' norms.
-        Exact means an active-set method (CPU kernel) or enumeration of the faces (eager torch, T up
-        to 8): right to rounding, not to a number of iterations. Where several weights attain the
-        minimum, those of the smallest norm are returned: equal gradients, or several zeros, share
-        their weight equally. (Eager torch with T > 8 returns one of the tied solutions instead.)
-        The kernel solves each problem in one thread, in a fixed order: the same bits every time.
+        Exact means an active-set method (CPU kernel) or enumeration of the faces (eager torch and
+        Triton, T up to 8): right to rounding, not to a number of iterations. Where several weights
+        attain the minimum, those of the smallest norm are returned: equal gradients, or several
+        zeros, share their weight equally. (Eager torch with T > 8 returns one of the tied solutions
+        instead.)
+        Each problem is solved on its own, in a fixed order: the same bits every time.
 
         ``"frank_wolfe"`` is the pairwise variant with exact line search.
 
@@ -121,7 +130,7 @@ def pareto_lp(
         gramian: (..., T, T) symmetric and positive semidefinite, floating, T at most 6.
         guidance: (..., T) inner products of each gradient with the guiding one, floating.
         mode: ``"guide"`` or ``"descent"``.
-        backend: None, ``"reference"`` or ``"cpu"``; a named one never falls back.
+        backend: None, ``"reference"``, ``"cpu"`` or ``"triton"``; a named one never falls back.
 
     Returns:
         ``ParetoSolution(weights, status)``: float32 (float64 for float64) weights, at least 0, sum
@@ -239,6 +248,13 @@ def _fake_pareto(c, a, guide):
     return a.new_empty(a.shape), a.new_empty(a.shape[:1], dtype=torch.int64)
 
 
+for _name, _schema, _fake in (
+    ("min_norm_simplex", "(Tensor c) -> Tensor", _fake_min_norm),
+    ("pareto_lp", "(Tensor c, Tensor a, bool guide) -> (Tensor, Tensor)", _fake_pareto),
+):
+    torch.library.custom_op(
+        f"transfuse::{_name}_triton", call.launcher(_name), mutates_args=(), schema=_schema
+    ).register_fake(_fake)
 if _native.status().loaded:
     torch.library.register_fake("transfuse::nonneg_qp", _fake_nonneg)
     torch.library.register_fake("transfuse::min_norm_simplex", _fake_min_norm)

@@ -54,12 +54,14 @@ class Case:
         tags: ``"tiny"`` (fit for derivatives by finite differences), ``"awkward"`` (edges and
             odd sizes), ``"real"`` (a model's shape, small enough to test), ``"bench"`` (too large
             for a dense oracle in tests).
+        refused_by: backends that do not take a case of this size.
     """
 
     name: str
     make: Callable[[torch.dtype, torch.device, torch.Generator], CallArgs]
     differentiable: tuple[str, ...]
     tags: frozenset[str] = frozenset()
+    refused_by: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         unknown = self.tags - TAGS

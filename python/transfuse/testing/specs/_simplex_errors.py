@@ -23,9 +23,9 @@ MIN_NORM = (
     BadCase("backend", lambda op: op(_EYE, backend="gpu"), ValueError, "backend: expected one of"),
     BadCase(
         "backend without kernel",
-        lambda op: op(_EYE, backend="triton"),
+        lambda op: op(_EYE, backend="cuda"),
         RuntimeError,
-        "min_norm_simplex has no triton kernel",
+        "min_norm_simplex has no cuda kernel",
     ),
 )
 PARETO = (

@@ -336,7 +336,7 @@ def _spec(
         reference=_reference(op),
         cases=_cases(kind, widths),
         dtypes=DTYPES,
-        backends=("reference", "cpu", "cuda") if kernel else ("reference",),
+        backends=("reference", "cpu", "triton", "cuda") if kernel else ("reference",),
         flops=_flops(products),
         bytes=_bytes,
         errors=_errors(kind),
