@@ -204,7 +204,9 @@ class Tables(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def _made(offsets: tuple[int, ...], rows: int, most: int, device: torch.device) -> Tables:
-    pieces, chunks, domains = [], [], [0]
+    pieces: list[tuple[int, ...]] = []
+    chunks: list[int] = []
+    domains = [0]
     for domain, (begin, end) in enumerate(itertools.pairwise(offsets)):
         for start in range(begin, end, most):
             chunks.append(len(pieces))

@@ -295,7 +295,7 @@ def plan_backward(
     # As few pieces as one program can go through are not worth a launch that adds sums.
     one = tables.pieces.shape[0] <= LOOP
     chunks = 1 if one else tables.chunks.shape[0] - 1
-    sums = to_weight, to_bias, to_vectors
+    sums: tuple[torch.Tensor | None, ...] = (to_weight, to_bias, to_vectors)
     if chunks > 1:
         part, part_vectors = (
             x.new_empty((chunks, classes, width)) if wanted else None
@@ -340,7 +340,7 @@ def plan_backward(
     }
     grid = (chunks, max(1, triton.cdiv(columns, TILE)))
     launches = [dots, Launch(_backward_kernel, grid, arguments, _options(blocks))]
-    if chunks > 1 and head_grad:
+    if chunks > 1 and sums[0] is not None:
         folded = None if bias is None else to_bias
         launches.append(plan_fold(sums[0], tables.batch, to_weight, folded, columns))
     if chunks > 1 and sums[2] is not None:
