@@ -386,12 +386,12 @@ def _pareto_kernel(
 def _lanes(n: int, count: int) -> dict[str, int]:
     """Sizes of tiles for ``count`` points of a problem of n unknowns."""
     width = max(2, triton.next_power_of_2(n))
-    lanes = min(64, 1024 // width**2)  # of as many numbers as registers hold several times
+    lanes = 32 if width <= 4 else 16  # as many as registers hold several matrices of
     own = min(lanes, triton.next_power_of_2(count))
     return {"T": width, "PROBLEMS": lanes // own, "LANES": own, "PARTS": triton.cdiv(count, own)}
 
 
-OPTIONS = {"num_warps": 4, "num_stages": 1}
+OPTIONS = {"num_warps": 8, "num_stages": 1}
 
 
 def plan_min_norm(c: torch.Tensor) -> tuple[torch.Tensor, Launch]:
