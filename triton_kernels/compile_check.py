@@ -445,7 +445,6 @@ def cases() -> list[Case]:
         Case("row codes fp32 30 edges", lambda: _codes(single, 512, 30), hot=True),
         Case("row codes bf16", lambda: _codes(brain, 10, 0), hot=True),
         Case("min norm T=3", lambda: _simplex("min norm", 3), hot=True),
-        Case("min norm T=8", lambda: _simplex("min norm", 8)),
         Case("pareto T=3", lambda: _simplex("pareto", 3), hot=True),
         Case("pareto T=6", lambda: _simplex("pareto", 6)),
         Case("mix fp32 products", lambda: _mix(single, 0, True, False), hot=True),

@@ -386,12 +386,9 @@ def _pareto_kernel(
 def _lanes(n: int, count: int) -> dict[str, int]:
     """Sizes of tiles for ``count`` points of a problem of n unknowns."""
     width = max(2, triton.next_power_of_2(n))
-    lanes = min(64, 1024 // width**2)  # of as many numbers as registers hold several times
+    lanes = 32 if width <= 4 else 16  # as many as registers hold several matrices of
     own = min(lanes, triton.next_power_of_2(count))
     return {"T": width, "PROBLEMS": lanes // own, "LANES": own, "PARTS": triton.cdiv(count, own)}
-
-
-OPTIONS = {"num_warps": 4, "num_stages": 1}
 
 
 def plan_min_norm(c: torch.Tensor) -> tuple[torch.Tensor, Launch]:
@@ -401,7 +398,7 @@ def plan_min_norm(c: torch.Tensor) -> tuple[torch.Tensor, Launch]:
     blocks = _lanes(n, 2**n)
     arguments = {"c": c, "out": out, "problems": problems, "n": n, **blocks}
     grid = (triton.cdiv(problems, blocks["PROBLEMS"]),)
-    return out, Launch(_min_norm_kernel, grid, arguments, OPTIONS)
+    return out, Launch(_min_norm_kernel, grid, arguments, {"num_warps": 8, "num_stages": 1})
 
 
 @functools.cache
@@ -434,7 +431,8 @@ def plan_pareto(
         **blocks,
     }
     grid = (triton.cdiv(problems, blocks["PROBLEMS"]),)
-    return out, status, Launch(_pareto_kernel, grid, arguments, OPTIONS)
+    options = {"num_warps": 8 if blocks["T"] > 4 else 4, "num_stages": 1}
+    return out, status, Launch(_pareto_kernel, grid, arguments, options)
 
 
 def _check(name: str, c: torch.Tensor, most: int) -> None:

@@ -135,9 +135,8 @@ else:
         assert 0 < truth.max() < 1e-15
         torch.testing.assert_close(result, truth.float(), rtol=1e-4, atol=0)
 
-    @pytest.mark.parametrize("classes", [1, 4])
-    def test_nan_stays_in_its_domain(classes):
-        head = [t.requires_grad_() for t in _batch(classes)]
+    def test_nan_stays_in_its_domain():
+        head = [t.requires_grad_() for t in _batch(4)]
         with torch.no_grad():
             head[0][12, 1] = torch.nan
         labels = torch.zeros(41, dtype=torch.int64)
@@ -162,7 +161,7 @@ else:
             given = {**args.tensors, **dict(zip(names, tensors, strict=True))}
             return args.run(spec.op, given, backend)[0].square().sum()
 
-        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        compiled = torch.compile(loss, fullgraph=True, backend="eager")
         leaves = [args.tensors[n].requires_grad_() for n in names]
         found = torch.autograd.grad(compiled("triton", *leaves), leaves)
         want = torch.autograd.grad(loss("reference", *leaves), leaves)

@@ -78,7 +78,7 @@ def min_norm_simplex(
         Triton, T up to 8): right to rounding, not to a number of iterations. Where several weights
         attain the minimum, those of the smallest norm are returned: equal gradients, or several
         zeros, share their weight equally. (Eager torch with T > 8 returns one of the tied solutions
-        instead.)
+        instead, and so may enumeration where norms differ by a factor of 1000.)
         Each problem is solved on its own, in a fixed order: the same bits every time.
 
         ``"frank_wolfe"`` is the pairwise variant with exact line search.
