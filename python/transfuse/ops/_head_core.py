@@ -15,12 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from transfuse import _triton_ops
 from transfuse._autograd import Differentiable, Tensors, function
 from transfuse.ops import _head_reference
 from transfuse.ops._head_call import Head, Segments
-
-# A backend whose kernels torch.compile sees as an op, besides the launcher that runs in eager mode.
-TRACED = "triton, traced"
 
 
 class Static(NamedTuple):
@@ -43,11 +41,10 @@ class Kernels(NamedTuple):
 def kernels(backend: str) -> Kernels:
     """The raw ops of a backend."""
     if backend == "triton":
-        from transfuse.triton_kernels import head_curvature
-
-        return Kernels(head_curvature.head_forward, head_curvature.head_backward)
+        names = ("head_forward", "head_backward")
+        return Kernels(*(_triton_ops.kernel("head_curvature", name) for name in names))
     ops = torch.ops.transfuse
-    if backend == TRACED:
+    if backend == _triton_ops.COMPILED:
         return Kernels(ops.head_forward_triton, ops.head_backward_triton)
     return Kernels(ops.head_forward, ops.head_backward)
 
@@ -205,26 +202,22 @@ def _backward_of_backward(ctx, *grads):
 _HEAD = "Tensor x, Tensor weight, Tensor? bias, Tensor? targets, Tensor? vectors, int[] offsets"
 _FOUR = "(Tensor, Tensor, Tensor, Tensor)"
 _SCHEMAS = {
-    "forward": f"({_HEAD}) -> {_FOUR}",
-    "backward": f"(Tensor grad, Tensor p, Tensor rest, Tensor u, {_HEAD}, bool x_grad, "
+    "head_forward": f"({_HEAD}) -> {_FOUR}",
+    "head_backward": f"(Tensor grad, Tensor p, Tensor rest, Tensor u, {_HEAD}, bool x_grad, "
     f"bool head_grad, bool vectors_grad) -> {_FOUR}",
 }
 
 
 def register(backend: str) -> None:
-    """Attach fakes and autograd to the C++ ops, or make the ops of :data:`TRACED` with theirs;
+    """Attach fakes and autograd to the C++ ops, or make those of the Triton kernels with theirs;
     called once for each."""
+    compiled = backend == _triton_ops.COMPILED
     for name, fake, setup, rule in (
-        ("forward", _fake_forward, _setup_forward, _backward_of_forward),
-        ("backward", _fake_backward, _setup_backward, _backward_of_backward),
+        ("head_forward", _fake_forward, _setup_forward, _backward_of_forward),
+        ("head_backward", _fake_backward, _setup_backward, _backward_of_backward),
     ):
-        full = f"transfuse::head_{name}"
-        if backend == TRACED:
-            full += "_triton"
-
-            def launch(*arguments, name=name):
-                return getattr(kernels("triton"), name)(*arguments)
-
-            torch.library.custom_op(full, launch, mutates_args=(), schema=_SCHEMAS[name])
+        if compiled:
+            _triton_ops.define("head_curvature", name, _SCHEMAS[name])
+        full = f"transfuse::{name}_triton" if compiled else f"transfuse::{name}"
         torch.library.register_fake(full, fake)
         torch.library.register_autograd(full, rule, setup_context=partial(setup, backend))

@@ -125,17 +125,6 @@ def _kernel(name: str) -> Callable:
     return lambda *arguments: getattr(torch.ops.transfuse, name)(*arguments)
 
 
-def launcher(name: str) -> Callable:
-    """Of a Triton kernel, which is loaded by the first call."""
-
-    def launch(*arguments):
-        from transfuse.triton_kernels import simplex
-
-        return getattr(simplex, name)(*arguments)
-
-    return launch
-
-
 KERNELS = {
     "cpu": ("min_norm_simplex", "nonneg_qp", "pareto_lp"),
     "triton": ("min_norm_simplex", "pareto_lp"),

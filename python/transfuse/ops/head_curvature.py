@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from transfuse import _backend, _native
+from transfuse import _backend, _native, _triton_ops
 from transfuse._autograd import needs_derivative, transformed
 from transfuse.ops import _head_call, _head_core, _head_reference
 from transfuse.ops._head_call import Head, full_precision
@@ -25,7 +25,7 @@ for _name in ("head_gradient", "head_hessian_diagonal", "head_hessian_product", 
         ("reference", "cpu", "triton", "cuda"),
         limits={"triton": _head_call.triton_limit, "cuda": _head_call.cuda_limit},
     )
-_head_core.register(_head_core.TRACED)
+_head_core.register(_triton_ops.COMPILED)
 if _native.status().loaded:
     _head_core.register("cpu")
 
@@ -168,7 +168,7 @@ def _run(chosen: str, head: Head, targets: Tensor | None, vectors: Tensor | None
     ]
     eager = not torch.compiler.is_compiling()
     if chosen == "triton" and not eager:
-        chosen = _head_core.TRACED
+        chosen = _triton_ops.COMPILED
     static = _head_core.Static(head.segments.bounds, chosen)
     call = _head_core.functions if eager and needs_derivative(tensors) else _head_core
     return call.forward(static, tensors)[0]

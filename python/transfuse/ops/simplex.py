@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from transfuse import _backend, _checks, _native
+from transfuse import _backend, _checks, _native, _triton_ops
 from transfuse.ops import _simplex_call as call
 
 __all__ = ["NonnegativeSolution", "ParetoSolution", "min_norm_simplex", "nonneg_qp", "pareto_lp"]
@@ -252,9 +252,8 @@ for _name, _schema, _fake in (
     ("min_norm_simplex", "(Tensor c) -> Tensor", _fake_min_norm),
     ("pareto_lp", "(Tensor c, Tensor a, bool guide) -> (Tensor, Tensor)", _fake_pareto),
 ):
-    torch.library.custom_op(
-        f"transfuse::{_name}_triton", call.launcher(_name), mutates_args=(), schema=_schema
-    ).register_fake(_fake)
+    _triton_ops.define("simplex", _name, _schema)
+    torch.library.register_fake(f"transfuse::{_name}_triton", _fake)
 if _native.status().loaded:
     torch.library.register_fake("transfuse::nonneg_qp", _fake_nonneg)
     torch.library.register_fake("transfuse::min_norm_simplex", _fake_min_norm)
