@@ -230,6 +230,10 @@ def tables_of(offsets: tuple[int, ...], rows: int, most: int, device: torch.devi
     found = _made(*key)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         _CAPTURED[key] = found  # a graph has their addresses for good
+    elif device.type == "cuda":
+        # Another stream than that which made them may be at work on them when they are let go.
+        for table in found:
+            table.record_stream(torch.cuda.current_stream(device))
     return found
 
 

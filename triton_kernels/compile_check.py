@@ -235,9 +235,11 @@ def _patch_gram(dtype: torch.dtype, kernel: int, stride: int) -> list[Launch]:
     return plan_gram(_meta(1, 32, 3, 224, 224, dtype=dtype), partial, *pairs)
 
 
-def _lists(base: torch.dtype, delta: torch.dtype, mode: int, dots: bool) -> list[Launch]:
-    """8 task vectors of 152 tensors, of 10 partitions or none."""
-    partitions = 1 if mode == ONE else 10
+def _lists(
+    base: torch.dtype, delta: torch.dtype, mode: int, dots: bool, partitions: int = 10
+) -> list[Launch]:
+    """8 task vectors of 152 tensors."""
+    partitions = 1 if mode == ONE else partitions
     addresses = {
         name: _meta(*shape, dtype=torch.int64)
         for name, shape in {
@@ -427,6 +429,8 @@ def cases() -> list[Case]:
         Case("lincomb fp32 of fp16", lambda: _lists(single, half, ONE, False), hot=True),
         Case("lincomb bf16 ids", lambda: _lists(brain, brain, BYTES, False), hot=True),
         Case("lincomb fp32 hashed", lambda: _lists(single, single, HASHED, False), hot=True),
+        Case("lincomb fp32 hashed to one", lambda: _lists(single, single, HASHED, False, 1)),
+        Case("block dots fp32 hashed to one", lambda: _lists(single, single, HASHED, True, 1)),
         Case("block dots fp32 of fp16", lambda: _lists(single, half, ONE, True), hot=True),
         Case("block dots bf16 hashed", lambda: _lists(brain, brain, HASHED, True), hot=True),
         Case("saliency grad-cam fp32", lambda: _saliency(single, "map", 0), hot=True),

@@ -40,6 +40,7 @@ from ._triton import tl, triton
 
 CLASSES_ONE_TILE = 32  # beyond, the kernels of _head_wide run
 CLASSES_MOST = 1024
+COLUMNS_MOST = 65534 * TILE  # a grid has 65535 programs along its second axis
 
 
 # ---- kernels -------------------------------------------------------------------------------------
@@ -355,10 +356,10 @@ def plan_backward(
 def _check(x: torch.Tensor, weight: torch.Tensor) -> None:
     if x.dtype != torch.float32:
         raise TypeError(f"head: the triton backend computes in float32, got {x.dtype}")
-    if weight.shape[0] > CLASSES_MOST or max(x.shape) >= 2**30:
+    if weight.shape[0] > CLASSES_MOST or x.shape[0] >= 2**30 or x.shape[1] > COLUMNS_MOST:
         raise ValueError(
-            f"head: the triton backend takes up to {CLASSES_MOST} classes and fewer than 2^30 "
-            f"samples and columns, got shapes {tuple(x.shape)} and {tuple(weight.shape)}"
+            f"head: the triton backend takes up to {CLASSES_MOST} classes, {COLUMNS_MOST} columns "
+            f"and 2^30 samples, got shapes {tuple(x.shape)} and {tuple(weight.shape)}"
         )
 
 

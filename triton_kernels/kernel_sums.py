@@ -172,7 +172,8 @@ def plan_sums(
     row, column = plan.distances[0]
     tiles = packed[row].padded // BLOCK if down is None else down.shape[1]
     column_tiles = packed[column].padded // BLOCK
-    stretch, stretches = stretches_of(packed[row].padded // BLOCK, column_tiles)
+    stretches = along.shape[1]
+    stretch = triton.cdiv(column_tiles, stretches)
     arguments = {
         "pairs": _pairs(plan, packed),
         "weights": weights,
@@ -368,13 +369,15 @@ def _padded(values: torch.Tensor, size: int) -> torch.Tensor:
     return found
 
 
-def _check(points: Sequence[torch.Tensor]) -> None:
+def _read(points: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """As the kernels read them: from memory, where the sign of a negated view is not."""
     for p in points:
         if p.dtype not in DTYPES:
             raise TypeError(
                 "kernel_sums: the triton backend supports float32, float16 and bfloat16, "
                 f"got {p.dtype}"
             )
+    return [p.resolve_neg() for p in points]
 
 
 def kernel_sums(
@@ -388,7 +391,7 @@ def kernel_sums(
     exclude: bool,
 ) -> torch.Tensor:
     """(G, P, N) float64, as the C++ op ``transfuse::kernel_sums``."""
-    _check(points)
+    points = _read(points)
     plan = _plan(pairs, kernels, products, inverse, exclude)
     row, column = plan.distances[0]
     groups, rows = points[row].shape[:2]
@@ -399,14 +402,14 @@ def kernel_sums(
     call = _ready(points, plan, bandwidths, weights)
     padded = call.packed[row].padded
     tiles = padded // BLOCK
-    _, stretches = stretches_of(tiles, call.packed[column].padded // BLOCK)
+    mirrored = sums.new_zeros((groups, len(products), padded))
+    band = min(tiles, max(1, MIRRORED // mirrored.numel())) if all(plan.same) else tiles
+    _, stretches = stretches_of(band, call.packed[column].padded // BLOCK)
     along = sums.new_empty((groups, stretches, len(products), padded))
     common = (plan, call.packed, call.weights, call.scales, along)
     if not all(plan.same):
         run([plan_sums(*common, None)], sums.device)
         return along.sum(1)[..., :rows].contiguous()
-    mirrored = sums.new_zeros((groups, len(products), padded))
-    band = max(1, MIRRORED // mirrored.numel())
     for first in range(0, tiles, band):
         held = (groups, min(band, tiles - first), len(products), padded)
         down = sums.new_zeros(held, dtype=torch.float32)
@@ -430,7 +433,7 @@ def kernel_sums_backward(
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Gradients by the points that are wanted, float32, and by the bandwidths, float64; empty
     where they are not. As the C++ op ``transfuse::kernel_sums_backward``."""
-    _check(points)
+    points = _read(points)
     plan = _plan(pairs, kernels, products, inverse, exclude)
     found = [
         p.new_zeros((p.shape[0] if want else 0, *p.shape[1:]), dtype=torch.float32)
@@ -456,6 +459,11 @@ def kernel_sums_backward(
     return found, of_bandwidths
 
 
+def _entries(t: torch.Tensor, numbers: Sequence[int]) -> torch.Tensor:
+    """``t[:, numbers]``, which would copy the list to the device and wait for that."""
+    return torch.stack([t[:, n] for n in numbers], 1)
+
+
 def _to_points(call: _Ready, grads: torch.Tensor, number: int, out: torch.Tensor) -> None:
     """Fill the gradient by one set of points."""
     packed = call.packed[number]
@@ -471,8 +479,8 @@ def _to_points(call: _Ready, grads: torch.Tensor, number: int, out: torch.Tensor
     mass = turned.new_empty(turned.shape[:3], dtype=torch.float64)
     launches, first = [], 0
     for part, count in zip(parts, counts, strict=True):
-        some = (t[:, part.kernels].contiguous() for t in (call.scales, call.slopes))
-        tables = (call.weights, grads[:, part.products].contiguous(), *some)
+        some = (_entries(t, part.kernels) for t in (call.scales, call.slopes))
+        tables = (call.weights, _entries(grads, part.products), *some)
         launches.append(plan_points(part, call.packed, *tables, turned, mass, first))
         first += count
     launches.append(plan_finish(turned, mass, packed, out))

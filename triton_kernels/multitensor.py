@@ -16,6 +16,8 @@ from ._triton import tl, triton
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BLOCK = 2048  # elements of a chunk
+FOLD = 256  # sums of a program that adds chunks
+PARTIAL = 2**24  # sums of chunks that are held at once
 # Ways an element finds its coefficient.
 ONE, BYTES, WORDS, HASHED = 0, 1, 2, 3
 
@@ -36,7 +38,8 @@ def _partition(ids, keys, block, begin, element, live, partitions, MODE: tl.cons
         high = _mixed((begin >> 32).to(tl.uint32) + _mixed((key >> 32).to(tl.uint32)))
         inner = _mixed(key.to(tl.uint32) ^ high)
         bits = _mixed(element.to(tl.uint32) ^ inner)
-        return (((bits >> 16) * partitions.to(tl.uint32)) >> 16).to(tl.int32)
+        # An argument of 1 is a number of Python in compiled code, without methods.
+        return (((bits >> 16) * tl.cast(partitions, tl.uint32)) >> 16).to(tl.int32)
     if MODE == 2:
         words = tl.load(ids + block).to(tl.pointer_type(tl.uint16))
         return tl.load(words + element, mask=live, other=0).to(tl.int32)
@@ -107,15 +110,15 @@ def _dots_kernel(
 
 @triton.jit
 def _fold_kernel(partial, starts, sums, blocks, width, row, BLOCK: tl.constexpr):
-    """Adds the chunks of one block in order: sums[list, block, partition]."""
+    """Adds the chunks of one block in order to sums[list, block, partition]."""
     block = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = at < width
-    total = tl.zeros([BLOCK], tl.float64)
+    to = sums + (at // row * blocks + block) * row + at % row
+    total = tl.load(to, mask=live, other=0.0)
     first, last = tl.load(starts + block), tl.load(starts + block + 1)
     for chunk in range(first, last):
         total += tl.load(partial + chunk * width + at, mask=live, other=0.0).to(tl.float64)
-    to = sums + (at // row * blocks + block) * row + at % row
     tl.store(to, total, mask=live)
 
 
@@ -172,7 +175,7 @@ def plan_dots(
     *,
     mode: int,
 ) -> list[Launch]:
-    """Sums of chunks (n, T, K) float32, then those of blocks (T, m, K) float64."""
+    """Sums of chunks (n, T, K) float32, then those of blocks, added to (T, m, K) float64."""
     lists, blocks, partitions = sums.shape
     arguments = {
         **tables,
@@ -193,13 +196,13 @@ def plan_dots(
         "blocks": blocks,
         "width": width,
         "row": partitions,
-        "BLOCK": 128,
+        "BLOCK": FOLD,
     }
     return [
         Launch(
             _dots_kernel, (tables["chunks"].shape[0],), arguments, {"num_warps": 8, "num_stages": 2}
         ),
-        Launch(_fold_kernel, (blocks, triton.cdiv(width, 128)), fold, {"num_warps": 4}),
+        Launch(_fold_kernel, (blocks, triton.cdiv(width, FOLD)), fold, {"num_warps": 4}),
     ]
 
 
@@ -290,14 +293,19 @@ def block_dots(
     sums = torch.zeros((lists, blocks, partitions), dtype=torch.float64, device=device)
     if table.shape[0] == 0:
         return sums
-    partial = torch.empty((table.shape[0], lists, partitions), dtype=torch.float32, device=device)
     tables = {
-        "chunks": table.to(device),
         "grads": addresses(left, device),
         "deltas": addresses(right, device),
         "ids": id_table,
         "keys": key_table,
     }
-    run(plan_dots(tables, starts.to(device), partial, sums, left[0], right[0], mode=mode), device)
+    held = max(1, PARTIAL // (lists * partitions))
+    for first in range(0, table.shape[0], held):
+        chunks = table[first : first + held]
+        count = chunks.shape[0]
+        partial = torch.empty((count, lists, partitions), dtype=torch.float32, device=device)
+        own = (starts - first).clamp(0, count).to(device)
+        some = {"chunks": chunks.to(device), **tables}
+        run(plan_dots(some, own, partial, sums, left[0], right[0], mode=mode), device)
     del kept
     return sums

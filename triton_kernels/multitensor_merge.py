@@ -119,7 +119,8 @@ def _elect_kernel(
         data = data.to(tl.pointer_type(delta_like.dtype.element_ty))
         x = tl.load(data + element, mask=live, other=0.0).to(tl.float32)
         least = tl.load(thresholds + k)
-        agrees = (x * sign > 0.0) & (tl.where(tl.abs(x) < least, 0, 1) == 1)
+        # Nothing but NaN beside a threshold of NaN.
+        agrees = (x * sign > 0.0) & (tl.abs(x) >= least)
         total += tl.where(agrees, x, 0.0)
         agreeing += tl.where(agrees, 1.0, 0.0)
     mean = tl.where(agreeing > 0.0, total / tl.where(agreeing > 0.0, agreeing, 1.0), sign * 0.0)

@@ -326,6 +326,7 @@ __global__ void __launch_bounds__(kThreads, 1) sums_kernel(const Sums<T> s) {
         factor[i / kClasses][i % kClasses] = c < s.classes ? s.left[(begin + i / kClasses) * s.classes + c] : T(0);
       }
       __syncthreads();
+      T own[kClasses][P] = {};  // a sum over many samples is one of short sums
 #pragma unroll(sizeof(T) == 8 ? 2 : 4)
       for (int n = warp; n < count; n += kWarps) {
         Q x = {};
@@ -336,9 +337,13 @@ __global__ void __launch_bounds__(kThreads, 1) sums_kernel(const Sums<T> s) {
         for (int i = 0; i < P; ++i) {
           const T v = Squared ? x.v[i] * x.v[i] : x.v[i];
 #pragma unroll
-          for (int c = 0; c < kClasses; ++c) sum[c][i] += factor[n][c] * v;
+          for (int c = 0; c < kClasses; ++c) own[c][i] += factor[n][c] * v;
         }
       }
+#pragma unroll
+      for (int c = 0; c < kClasses; ++c)
+#pragma unroll
+        for (int i = 0; i < P; ++i) sum[c][i] += own[c][i];
     }
     __syncthreads();
 #pragma unroll

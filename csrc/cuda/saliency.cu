@@ -302,6 +302,8 @@ __device__ inline void pool_step(const Pool& p, bool sums, int64_t b, int64_t li
   }
 }
 
+constexpr int64_t kPoolRun = 64;  // numbers of a thread that are added in A, before their sum is added in double
+
 // Lines are channels: a warp for each.
 template <class M, int P>
 __global__ void __launch_bounds__(kThreads) pool_along_kernel(const Pool p) {
@@ -313,15 +315,19 @@ __global__ void __launch_bounds__(kThreads) pool_along_kernel(const Pool p) {
     double total[2] = {};
     A of_act[P] = {};
     for (int pass = p.method == MapMethod::gradcam_pp ? 0 : 1; pass < 2; ++pass) {
-      A s[2][P] = {};
+      total[0] = total[1] = 0.0;
+      for (int64_t begin = lane * P; begin < p.locations; begin += kPoolRun * kWarp * P) {
+        const int64_t limit = begin + kPoolRun * kWarp * P, end = limit < p.locations ? limit : p.locations;
+        A s[2][P] = {};
 #pragma unroll 4
-      for (int64_t i = lane * P; i < p.locations; i += kWarp * P)
-        pool_step<M, P>(p, pass == 0, b, channel, i, of_act, s);
+        for (int64_t i = begin; i < end; i += kWarp * P) pool_step<M, P>(p, pass == 0, b, channel, i, of_act, s);
+#pragma unroll
+        for (int k = 0; k < 2; ++k)
+#pragma unroll
+          for (int j = 0; j < P; ++j) total[k] += (double)s[k][j];
+      }
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
-        total[k] = 0.0;
-#pragma unroll
-        for (int j = 0; j < P; ++j) total[k] += (double)s[k][j];
         for (int to = kWarp / 2; to > 0; to /= 2) total[k] += __shfl_xor_sync(kAll, total[k], to);
       }
 #pragma unroll
@@ -336,29 +342,34 @@ template <class M, int P>
 __global__ void __launch_bounds__(kThreads) pool_across_kernel(const Pool p) {
   using A = typename Arithmetic<M>::A;
   constexpr int kWide = kWarp * P;
-  __shared__ A memory[kWarps][2][kWide];
+  __shared__ double memory[kWarps][2][kWide];
   const int64_t blocks = (p.channels + kWide - 1) / kWide;
   const int lane = (int)(threadIdx.x % kWarp), warp = (int)(threadIdx.x / kWarp);
   for (int64_t item = blockIdx.x; item < p.batch * blocks; item += gridDim.x) {
     const int64_t b = item / blocks, i = item % blocks * kWide + lane * P;
     A of_act[P] = {};
     for (int pass = p.method == MapMethod::gradcam_pp ? 0 : 1; pass < 2; ++pass) {
-      A s[2][P] = {};
-      if (i < p.channels) {
-#pragma unroll 4
-        for (int64_t l = warp; l < p.locations; l += kWarps) pool_step<M, P>(p, pass == 0, b, l, i, of_act, s);
-      }
-      __syncthreads();
+      __syncthreads();  // the pass before has been read
 #pragma unroll
       for (int k = 0; k < 2; ++k)
 #pragma unroll
-        for (int j = 0; j < P; ++j) memory[warp][k][lane * P + j] = s[k][j];
+        for (int j = 0; j < P; ++j) memory[warp][k][lane * P + j] = 0.0;
+      for (int64_t begin = warp; i < p.channels && begin < p.locations; begin += kPoolRun * kWarps) {
+        const int64_t limit = begin + kPoolRun * kWarps, end = limit < p.locations ? limit : p.locations;
+        A s[2][P] = {};
+#pragma unroll 4
+        for (int64_t l = begin; l < end; l += kWarps) pool_step<M, P>(p, pass == 0, b, l, i, of_act, s);
+#pragma unroll
+        for (int k = 0; k < 2; ++k)
+#pragma unroll
+          for (int j = 0; j < P; ++j) memory[warp][k][lane * P + j] += (double)s[k][j];
+      }
       __syncthreads();
 #pragma unroll
       for (int j = 0; j < P; ++j) {
         double total[2] = {};
         for (int w = 0; w < kWarps; ++w)
-          for (int k = 0; k < 2; ++k) total[k] += (double)memory[w][k][lane * P + j];
+          for (int k = 0; k < 2; ++k) total[k] += memory[w][k][lane * P + j];
         of_act[j] = (A)total[0];
         if (pass == 1 && warp == 0 && i + j < p.channels)
           static_cast<A*>(p.weight)[b * p.channels + i + j] = (A)weight_of(p, total[0], total[1]);

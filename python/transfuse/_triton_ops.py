@@ -20,15 +20,18 @@ def kernel(module: str, name: str) -> Callable:
     return getattr(importlib.import_module(f"transfuse.triton_kernels.{module}"), name)
 
 
-def define(module: str, name: str, signature: str) -> None:
+def define(module: str, name: str, signature: str, *, recorded: bool) -> None:
     """Make the function ``name`` of a module of Triton kernels the op ``transfuse::name_triton``.
 
     Args:
         signature: its arguments and results, as in a schema. Results are new tensors.
+        recorded: whether the compiler may record a call in a CUDA graph: not where tables are
+            copied to the device, or made there by the first call and kept.
     """
     torch.library.custom_op(
         f"transfuse::{name}_triton",
         lambda *given: kernel(module, name)(*given),
         mutates_args=(),
         schema=signature,
+        tags=() if recorded else (torch.Tag.cudagraph_unsafe,),
     )

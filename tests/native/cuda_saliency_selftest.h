@@ -38,6 +38,24 @@ inline void check_saliency_nan(const transfuse::SaliencyKernels& kernels, transf
     }
 }
 
+// The mean of many equal numbers is that number, to single precision: rounding errors do not pile up.
+inline void check_saliency_mean(const transfuse::SaliencyKernels& kernels) {
+  constexpr int64_t kLocations = 512 * 512, kChannels = 3;
+  for (const bool last : {false, true}) {
+    Random r(13);
+    transfuse::GradMapArgs args;
+    args.batch = 1, args.channels = kChannels, args.locations = kLocations;
+    Array act = saliency_array(r, DType::f32, 1, kChannels, kLocations, last, &args.act);
+    Array grad = saliency_array(r, DType::f32, 1, kChannels, kLocations, last, &args.grad);
+    act.fill(1.0), grad.fill((double)0.1f);
+    Array out(DType::f32, {1, 1, 1, kLocations});
+    args.out = out.data();
+    kernels.grad_map(args, transfuse::serial_parallel());
+    const double want = kChannels * (double)0.1f, error = std::fabs(out.get(0, 0, 0, 7) - want) / want;
+    check(error < 1e-6, "cuda saliency: mean of equal numbers, error " + std::to_string(error));
+  }
+}
+
 inline void saliency_cuda_selftest() {
   using namespace transfuse;
   const SaliencyKernels kernels{run_saliency_on_cuda<GradMapArgs, grad_map_cuda_memory, grad_map_cuda>,
@@ -48,6 +66,7 @@ inline void saliency_cuda_selftest() {
   }
   for (const auto phase1 : {Phase1::scaling, Phase1::bias, Phase1::conv, Phase1::depthwise})
     check_saliency_nan(kernels, phase1);
+  check_saliency_mean(kernels);
 }
 
 }  // namespace selftest

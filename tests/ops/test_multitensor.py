@@ -282,6 +282,10 @@ def test_trimming_of_equal_and_odd_numbers(backend):
     assert found[3].isnan()
     assert found[[0, 1, 4]].tolist() == [0.0, 0.0, 0.0]
     assert trim_largest([torch.zeros(0)], 0.5, backend=backend)[0].shape == (0,)
+    # NaN counts as largest: beside as many as are kept, nothing else is.
+    few = trim_largest([torch.tensor([float("nan"), 1.0, 2.0, 3.0])], 0.25, backend=backend)[0]
+    assert few[0].isnan()
+    assert few[1:].tolist() == [0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("bad", errors.TRIM, ids=lambda bad: bad.name)

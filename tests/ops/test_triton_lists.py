@@ -30,7 +30,7 @@ if not INTERPRETED:
         assert run_under_interpreter(__file__).passed > 35
 
 else:
-    from transfuse.triton_kernels import multitensor_merge, multitensor_sums
+    from transfuse.triton_kernels import multitensor, multitensor_merge, multitensor_sums
 
     NAMES = ("multi_norm", "multi_gram", "ratio_merge", "ties_merge")
     CASES = [
@@ -163,6 +163,21 @@ else:
         assert found[3].isnan()
         assert found[[0, 1, 4]].tolist() == [0.0, 0.0, 0.0]
         assert trim_largest([torch.zeros(0)], 0.5, backend="triton")[0].shape == (0,)
+
+    def test_threshold_of_nan():
+        few = trim_largest([torch.tensor([float("nan"), 1.0, 2.0, 3.0])], 0.25, backend="triton")[0]
+        assert few[0].isnan()
+        assert few[1:].tolist() == [0.0, 0.0, 0.0]
+
+    def test_sums_of_some_chunks_at_a_time(monkeypatch):
+        """As many partitions as would otherwise need more memory than the lists."""
+        kept, grads = lists(2), lists(1, seed=1)[0]
+        found = []
+        for most in (multitensor.PARTIAL, 12):
+            monkeypatch.setattr(multitensor, "PARTIAL", most)
+            keys = list(range(len(SHAPES)))
+            found.append(multitensor.block_dots(grads, [t for k in kept for t in k], [], keys, 3))
+        assert torch.equal(*found)
 
     def test_election_of_strided_lists_of_several_dtypes():
         one, two, three = lists(3)

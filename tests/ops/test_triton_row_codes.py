@@ -65,6 +65,11 @@ else:
             strided = inputs.strided(x, kind)
             assert torch.equal(row_codes(strided, edges, backend="triton").codes, plain)
 
+    def test_negated_view():
+        x = torch.complex(_rand(9, 4), _rand(9, 4, seed=1)).conj().imag
+        assert x.is_neg()
+        _same(x, None, False)
+
     def test_groups():
         x = _rand(30, 3).round()
         one, two = (row_groups(x, backend=b) for b in ("triton", "cpu"))

@@ -217,7 +217,7 @@ def register(backend: str) -> None:
         ("head_backward", _fake_backward, _setup_backward, _backward_of_backward),
     ):
         if compiled:
-            _triton_ops.define("head_curvature", name, _SCHEMAS[name])
+            _triton_ops.define("head_curvature", name, _SCHEMAS[name], recorded=False)
         full = f"transfuse::{name}_triton" if compiled else f"transfuse::{name}"
         torch.library.register_fake(full, fake)
         torch.library.register_autograd(full, rule, setup_context=partial(setup, backend))

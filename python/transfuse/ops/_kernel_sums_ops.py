@@ -88,7 +88,7 @@ def register_triton() -> None:
             f"(Tensor grad, {_PLAN}, int[] wanted, bool bandwidths_wanted) -> (Tensor[], Tensor)",
         ),
     ):
-        _triton_ops.define("kernel_sums", name, signature)
+        _triton_ops.define("kernel_sums", name, signature, recorded=True)
     _attach("_triton", _triton_ops.COMPILED)
 
 

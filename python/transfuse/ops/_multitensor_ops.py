@@ -145,7 +145,7 @@ def register_triton() -> None:
         "elect_signs": "(Tensor[] base, Tensor[] deltas, Tensor thresholds, "
         "float scale) -> Tensor[]",
     }.items():
-        _triton_ops.define(core.TRITON[name], name, signature)
+        _triton_ops.define(core.TRITON[name], name, signature, recorded=False)
     _attach(_COMMON | {"multi_norm": _fake_norm}, "_triton", _triton_ops.COMPILED)
 
 

@@ -94,7 +94,7 @@ def row_codes(
     elif chosen == "triton":
         from transfuse.triton_kernels import row_codes as kernels
 
-        codes, counts = kernels.row_codes(x.detach(), edges, wrap)
+        codes, counts = kernels.row_codes(x.detach().resolve_neg(), edges, wrap)
     else:
         codes, counts = codes_of(x.detach(), edges, wrap)
     missing, below = counts.tolist()

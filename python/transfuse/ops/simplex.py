@@ -252,7 +252,7 @@ for _name, _schema, _fake in (
     ("min_norm_simplex", "(Tensor c) -> Tensor", _fake_min_norm),
     ("pareto_lp", "(Tensor c, Tensor a, bool guide) -> (Tensor, Tensor)", _fake_pareto),
 ):
-    _triton_ops.define("simplex", _name, _schema)
+    _triton_ops.define("simplex", _name, _schema, recorded=_name != "pareto_lp")
     torch.library.register_fake(f"transfuse::{_name}_triton", _fake)
 if _native.status().loaded:
     torch.library.register_fake("transfuse::nonneg_qp", _fake_nonneg)

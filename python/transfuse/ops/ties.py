@@ -182,7 +182,7 @@ def _composed(
         )
         trimmed = torch.stack(
             [
-                torch.where(part[j].abs() < least, 0, part[j]).to(dtype)
+                torch.where((part[j].abs() >= least) | part[j].isnan(), part[j], 0).to(dtype)
                 for part, least in zip(lists, thresholds, strict=True)
             ]
         )
