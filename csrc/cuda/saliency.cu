@@ -306,7 +306,7 @@ constexpr int64_t kPoolRun = 64;  // numbers of a thread that are added in A, be
 
 // Lines are channels: a warp for each.
 template <class M, int P>
-__global__ void __launch_bounds__(kThreads) pool_along_kernel(const Pool p) {
+__global__ void __launch_bounds__(kThreads, 1) pool_along_kernel(const Pool p) {
   using A = typename Arithmetic<M>::A;
   const int64_t lane = threadIdx.x % kWarp;
   for (int64_t item = (int64_t)blockIdx.x * kWarps + threadIdx.x / kWarp; item < p.batch * p.channels;
@@ -339,7 +339,7 @@ __global__ void __launch_bounds__(kThreads) pool_along_kernel(const Pool p) {
 
 // Lines are locations: the lanes of a thread block on channels, its warps on locations.
 template <class M, int P>
-__global__ void __launch_bounds__(kThreads) pool_across_kernel(const Pool p) {
+__global__ void __launch_bounds__(kThreads, 1) pool_across_kernel(const Pool p) {
   using A = typename Arithmetic<M>::A;
   constexpr int kWide = kWarp * P;
   __shared__ double memory[kWarps][2][kWide];
