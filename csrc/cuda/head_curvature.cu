@@ -161,6 +161,24 @@ struct Samples {
   T* turn;   // that by u
 };
 
+// The number of the largest of p, the first of equal ones, and its value; the same in all lanes.
+template <class T>
+__device__ inline int64_t largest(int64_t classes, const T* p, T& peak) {
+  const int64_t lane = threadIdx.x % kWarp;
+  int64_t top = lane < classes ? lane : 0;
+  for (int64_t c = lane + kWarp; c < classes; c += kWarp)
+    if (p[c] > p[top]) top = c;
+  peak = p[top];
+  for (int step = kWarp / 2; step > 0; step /= 2) {
+    const T other = __shfl_xor_sync(kAll, peak, step);
+    const int64_t index = __shfl_xor_sync(kAll, top, step);
+    if (other > peak || (other == peak && index < top)) peak = other, top = index;
+  }
+  // NaN compares with nothing: lanes may hold different ones, and must agree.
+  peak = __shfl_sync(kAll, peak, 0);
+  return __shfl_sync(kAll, top, 0);
+}
+
 // z -> p and 1 - p, both with all their digits: 1 - p of the largest is the sum of the others.
 template <class T>
 __device__ inline void probabilities(int64_t classes, T* p, T* rest) {
@@ -173,18 +191,8 @@ __device__ inline void probabilities(int64_t classes, T* p, T* rest) {
     if (!(z == z)) p[0] = rest[0] = z;
     return;
   }
-  int64_t top = lane < classes ? lane : 0;
-  for (int64_t c = lane + kWarp; c < classes; c += kWarp)
-    if (p[c] > p[top]) top = c;
-  T peak = p[top];
-  for (int step = kWarp / 2; step > 0; step /= 2) {
-    const T other = __shfl_xor_sync(kAll, peak, step);
-    const int64_t index = __shfl_xor_sync(kAll, top, step);
-    if (other > peak || (other == peak && index < top)) peak = other, top = index;
-  }
-  // NaN compares with nothing: lanes may hold different ones, and must agree.
-  peak = __shfl_sync(kAll, peak, 0);
-  top = __shfl_sync(kAll, top, 0);
+  T peak;
+  const int64_t top = largest(classes, p, peak);
   T others = T(0);
   for (int64_t c = lane; c < classes; c += kWarp) {
     const T power = exponential(p[c] - peak);
@@ -209,17 +217,8 @@ __device__ inline T jacobian(int64_t classes, const T* p, const T* rest, const G
     if (lane == 0) out[0] = own * (p[0] * rest[0]);
     return along;
   }
-  int64_t top = lane < classes ? lane : 0;
-  for (int64_t c = lane + kWarp; c < classes; c += kWarp)
-    if (p[c] > p[top]) top = c;
-  T peak = p[top];
-  for (int step = kWarp / 2; step > 0; step /= 2) {
-    const T other = __shfl_xor_sync(kAll, peak, step);
-    const int64_t index = __shfl_xor_sync(kAll, top, step);
-    if (other > peak || (other == peak && index < top)) peak = other, top = index;
-  }
-  peak = __shfl_sync(kAll, peak, 0);
-  top = __shfl_sync(kAll, top, 0);
+  T peak;
+  const int64_t top = largest(classes, p, peak);
   T others = T(0);
   for (int64_t c = lane; c < classes; c += kWarp)
     if (c != top) others += p[c] * g(c);

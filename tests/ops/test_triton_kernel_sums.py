@@ -6,9 +6,9 @@ before importing Triton.
 
 import pytest
 import torch
+from kernel_cases import check_kernel
 
 from transfuse.ops import KernelFactor, kernel_product_sums, kernel_sums
-from transfuse.testing import oracle
 from transfuse.testing.children import INTERPRETED, run_under_interpreter
 from transfuse.testing.specs import find_spec
 
@@ -34,43 +34,15 @@ else:
         for case in cases
     ]  # fmt: skip
 
-    def _check(spec, case, dtype, way):
-        args = case.build(dtype)
-        kernel = oracle.function(args, spec.op, "triton")
-        reference = oracle.function(args, spec.reference)
-        shapes = [t.shape for t in oracle.values(reference, args.tensors)]
-        generator = torch.Generator().manual_seed(1)
-        cotangents = [torch.randn(s, generator=generator) for s in shapes]
-
-        def compute(fn, tensors):
-            results = oracle.values(fn, tensors)
-            if way == "value":
-                return results
-            own = [c.to(r.dtype) for c, r in zip(cotangents, results, strict=True)]
-            return oracle.gradients(fn, tensors, case.differentiable, own)
-
-        found = compute(kernel, args.tensors)
-        exact = compute(reference, oracle.widen(args.tensors))
-        problems = oracle.compare_all(
-            found,
-            exact,
-            compute(reference, args.tensors),
-            units=oracle.VALUE_UNITS if way == "value" else oracle.GRADIENT_UNITS,
-            terms=oracle.magnitude(*(args.tensors.values() if way == "value" else exact)),
-            names=[str(i) for i in range(len(found))],
-            dtype=None if way == "value" else dtype,
-        )
-        assert not problems, problems
-
     @pytest.mark.parametrize("way", ["value", "gradient"])
     @pytest.mark.parametrize(("spec", "case"), CASES)
     def test_single_precision(spec, case, way):
-        _check(spec, spec.case(case), torch.float32, way)
+        check_kernel(spec, spec.case(case), torch.float32, way, by_results=True)
 
     @pytest.mark.parametrize("way", ["value", "gradient"])
     def test_half_precision(way):
-        _check(find_spec("kernel_sums"), find_spec("kernel_sums").case("everything"),
-               torch.float16, way)  # fmt: skip
+        spec = find_spec("kernel_sums")
+        check_kernel(spec, spec.case("everything"), torch.float16, way, by_results=True)
 
     def rand(*shape, seed=0):
         return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))

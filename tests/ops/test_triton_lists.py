@@ -7,6 +7,7 @@ before importing Triton.
 
 import pytest
 import torch
+from kernel_cases import check_kernel
 
 from transfuse.ops import (
     lincomb,
@@ -18,7 +19,6 @@ from transfuse.ops import (
     trim_largest,
 )
 from transfuse.ops._multitensor_reference import multi_dot_reference
-from transfuse.testing import oracle
 from transfuse.testing.children import INTERPRETED, run_under_interpreter
 from transfuse.testing.specs import find_spec
 
@@ -45,47 +45,23 @@ else:
         return [[torch.randn(s, generator=generator).to(dtype) for s in SHAPES]
                 for _ in range(count)]  # fmt: skip
 
-    def _check(spec, case, dtype, way):
-        args = case.build(dtype)
-        kernel = oracle.function(args, spec.op, "triton")
-        reference = oracle.function(args, spec.reference)
-
-        def compute(fn, tensors):
-            results = oracle.values(fn, tensors)
-            if way == "value":
-                return results
-            own = [torch.ones_like(r) for r in results]
-            return oracle.gradients(fn, tensors, case.differentiable, own)
-
-        found = compute(kernel, args.tensors)
-        problems = oracle.compare_all(
-            found,
-            compute(reference, oracle.widen(args.tensors)),
-            compute(reference, args.tensors),
-            units=oracle.VALUE_UNITS if way == "value" else oracle.GRADIENT_UNITS,
-            terms=oracle.magnitude(*args.tensors.values()),
-            names=[str(i) for i in range(len(found))],
-            dtype=None if way == "value" else dtype,
-        )
-        assert not problems, problems
-
     @pytest.mark.parametrize(("spec", "case"), CASES)
     def test_values(spec, case):
-        _check(spec, case, torch.float32, "value")
+        check_kernel(spec, case, torch.float32, "value")
 
     @pytest.mark.parametrize("name", NAMES)
     def test_half_precision(name):
         spec = find_spec(name)
         for case in spec.cases:
             if case.name != "large":
-                _check(spec, case, torch.float16, "value")
+                check_kernel(spec, case, torch.float16, "value")
 
     @pytest.mark.parametrize("name", ["multi_norm", "multi_gram"])
     def test_gradients(name):
         spec = find_spec(name)
         for case in spec.cases:
             if "tiny" in case.tags:
-                _check(spec, case, torch.float32, "gradient")
+                check_kernel(spec, case, torch.float32, "gradient")
 
     # ---- norms and products ----------------------------------------------------------------------
 

@@ -6,9 +6,9 @@ before importing Triton.
 
 import pytest
 import torch
+from kernel_cases import check_kernel
 
 from transfuse.ops import lincomb
-from transfuse.testing import oracle
 from transfuse.testing.children import INTERPRETED, run_under_interpreter
 from transfuse.testing.specs import find_spec
 
@@ -24,44 +24,17 @@ else:
     CASES = [c for c in SPEC.cases if not c.tags & {"bench", "real"}]
     SMALL = ["base", "ids", "hash"]
 
-    def _check(case, dtype, way):
-        args = case.build(dtype)
-        kernel = oracle.function(args, SPEC.op, "triton")
-        reference = oracle.function(args, SPEC.reference)
-        shapes = [t.shape for t in oracle.values(reference, args.tensors)]
-        generator = torch.Generator().manual_seed(1)
-        cotangents = [torch.randn(s, generator=generator) for s in shapes]
-
-        def compute(fn, tensors):
-            if way == "value":
-                return oracle.values(fn, tensors)
-            results = oracle.values(fn, tensors)
-            own = [c.to(r.dtype) for c, r in zip(cotangents, results, strict=True)]
-            return oracle.gradients(fn, tensors, case.differentiable, own)
-
-        found = compute(kernel, args.tensors)
-        problems = oracle.compare_all(
-            found,
-            compute(reference, oracle.widen(args.tensors)),
-            compute(reference, args.tensors),
-            units=oracle.VALUE_UNITS if way == "value" else oracle.GRADIENT_UNITS,
-            terms=oracle.magnitude(*args.tensors.values()),
-            names=[str(i) for i in range(len(found))],
-            dtype=None if way == "value" else dtype,
-        )
-        assert not problems, problems
-
     @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name.replace(" ", "_"))
     def test_values(case):
-        _check(case, torch.float32, "value")
+        check_kernel(SPEC, case, torch.float32, "value")
 
     @pytest.mark.parametrize("name", [*SMALL, "half lists", "per list"])
     def test_gradients(name):
-        _check(SPEC.case(name), torch.float32, "gradient")
+        check_kernel(SPEC, SPEC.case(name), torch.float32, "gradient")
 
     @pytest.mark.parametrize("name", SMALL)
     def test_half_precision(name):
-        _check(SPEC.case(name), torch.float16, "value")
+        check_kernel(SPEC, SPEC.case(name), torch.float16, "value")
 
     def test_partitions_are_those_of_the_definition():
         one = [torch.ones(5000)]
