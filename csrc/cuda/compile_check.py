@@ -1,5 +1,7 @@
 """Compiles the CUDA sources for sm_80 and sm_90 without a GPU, and says what every kernel uses.
 
+Sources named ``*_hopper`` are for sm_90a alone.
+
 ``python csrc/cuda/compile_check.py`` prints registers, stack, spills and shared memory of each
 kernel, as ptxas reports them, and fails on a warning, on an error, and on a kernel that spills
 registers without being named in ``MAY_SPILL``. It needs nvcc on PATH, and torch for its headers; it
@@ -23,6 +25,7 @@ from typing import NamedTuple
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 ARCHITECTURES = (80, 90)
+HOPPER = ("90a",)
 # Kernels that are not worth the registers: name, and why.
 MAY_SPILL: dict[str, str] = {}
 
@@ -44,8 +47,9 @@ class Usage(NamedTuple):
 
 
 def command(source: Path, torch: Path, output: Path) -> list[str]:
-    """The compiler call for one source; both architectures are one call."""
-    codes = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in ARCHITECTURES]
+    """The compiler call for one source; all its architectures are one call."""
+    names = HOPPER if source.stem.endswith("_hopper") else ARCHITECTURES
+    codes = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
     return [
         "nvcc", "-c", "-std=c++20", "-O3", "-DUSE_CUDA",
         "-DTORCH_TARGET_VERSION=0x020a000000000000", *codes,

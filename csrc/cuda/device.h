@@ -59,15 +59,28 @@ __host__ __device__ inline bool pack_aligned(const M* p) {
   return reinterpret_cast<uintptr_t>(p) % kPackBytes == 0;
 }
 
-// kernel<<<blocks, threads, 0, stream>>>(arguments...), as a call.
+// kernel<<<blocks, threads, shared, stream>>>(arguments...), as a call; `shared` is bytes of dynamic shared memory.
 template <class... Parameters, class... Arguments>
-inline cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStream_t stream,
-                          Arguments&&... arguments) {
+inline cudaError_t launch_shared(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared,
+                                 cudaStream_t stream, Arguments&&... arguments) {
+  if (shared > 0) {
+    const auto key = cudaFuncAttributeMaxDynamicSharedMemorySize;
+    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), key, shared);
+    if (error != cudaSuccess) return error;
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3((unsigned)(blocks < kMaxBlocks ? blocks : kMaxBlocks));
   config.blockDim = dim3((unsigned)threads);
+  config.dynamicSmemBytes = (size_t)shared;
   config.stream = stream;
   return cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
+}
+
+// The same without.
+template <class... Parameters, class... Arguments>
+inline cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStream_t stream,
+                          Arguments&&... arguments) {
+  return launch_shared(kernel, blocks, threads, 0, stream, std::forward<Arguments>(arguments)...);
 }
 
 // Calls f with a number of the storage type.

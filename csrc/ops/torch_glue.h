@@ -76,13 +76,20 @@ inline View view_of(const Tensor& t, const char* name) {
   return strided_view(t, name);
 }
 
-// A view of a tensor each of whose axes is full or 1; axes of 1 broadcast with stride 0.
-inline View broadcast_view(const Tensor& t, const std::vector<int64_t>& full, const std::string& name) {
+// The same of a tensor that has to be on the device of `first`.
+inline View view_beside(const Tensor& first, const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.device() == first.device(), name, " must be on the device of the first tensor");
+  return strided_view(t, name);
+}
+
+// A view, beside `first`, of a tensor each of whose axes is full or 1; axes of 1 broadcast with stride 0.
+inline View broadcast_view(const Tensor& first, const Tensor& t, const std::vector<int64_t>& full,
+                           const std::string& name) {
   std::vector<int64_t> allowed = full;
   for (size_t i = 0; i < full.size() && (int64_t)i < t.dim(); ++i)
     if (t.size((int64_t)i) == 1) allowed[i] = 1;
   check_shape(t, allowed, name);
-  View v = view_of(t, name.c_str());
+  View v = view_beside(first, t, name.c_str());
   for (size_t i = 0; i < full.size(); ++i)
     if (allowed[i] == 1) v.stride[i] = 0;
   return v;

@@ -5,6 +5,7 @@
 
 #include "check.h"
 #include "cuda_adain_selftest.h"
+#include "cuda_attention_selftest.h"
 #include "cuda_head_curvature_selftest.h"
 #include "cuda_mix_selftest.h"
 #include "cuda_multitensor_selftest.h"
@@ -13,6 +14,7 @@
 
 int main() {
   selftest::adain_cuda_selftest();
+  selftest::attention_cuda_selftest();
   selftest::mix_cuda_selftest();
   selftest::head_curvature_cuda_selftest();
   selftest::multitensor_cuda_selftest();

@@ -2,6 +2,7 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <vector>
 
@@ -60,6 +61,12 @@ struct Fiber {
   bool done = false;
   const Barrier* waits = nullptr;  // until it has left this generation
   uint64_t generation = 0;
+  bool (*ready)(const void*) = nullptr;  // or until this holds
+  const void* context = nullptr;
+
+  bool waiting() const {
+    return (waits != nullptr && waits->generation == generation) || (ready != nullptr && !ready(context));
+  }
 #if defined(__x86_64__)
   void* stack_pointer = nullptr;
 #else
@@ -74,14 +81,23 @@ struct Warp {
 };
 
 struct FreeMemory {
-  void operator()(char* p) const { std::free(p); }
+  void operator()(void* p) const { std::free(p); }
 };
+
+constexpr size_t kSharedOffset = 16, kSharedAlignment = 1024;
+void* aligned(size_t bytes) {
+  void* p = nullptr;
+  return posix_memalign(&p, kSharedAlignment, bytes) == 0 ? p : nullptr;
+}
 
 std::vector<Fiber> fibers;
 std::vector<std::unique_ptr<char, FreeMemory>> stacks;
 std::vector<Warp> warps;
+std::unique_ptr<unsigned char, FreeMemory> shared_memory;
+size_t shared_bytes = 0;
 Barrier block;
-Order order = Order::forward;
+Order wanted_order = Order::forward;
+Machinery machinery{[] {}, [] { return false; }, [] {}};
 Fiber* current = nullptr;
 void (*body)(void*) = nullptr;
 void* argument = nullptr;
@@ -174,8 +190,8 @@ void wait(Barrier* barrier) {
 
 // Place `i` of `count` in the order that is set; `round` varies a shuffled one.
 unsigned place(unsigned i, unsigned count, unsigned round) {
-  if (order == Order::backward) return count - 1 - i;
-  if (order == Order::forward || count < 3) return i;
+  if (wanted_order == Order::backward) return count - 1 - i;
+  if (wanted_order == Order::forward || count < 3) return i;
   // An odd multiplier without a common divisor is a permutation.
   unsigned step = 2 * (round % 5) + 7;
   const auto divides = [&](unsigned a, unsigned b) {
@@ -210,14 +226,15 @@ void run_block(unsigned threads) {
         again = false;
         for (unsigned i = 0; i < count; ++i) {
           Fiber* fiber = &fibers[first + place(i, count, round)];
-          if (fiber->done || (fiber->waits != nullptr && fiber->waits->generation == fiber->generation)) continue;
+          if (fiber->done || fiber->waiting()) continue;
           to_fiber(fiber);
           alive -= fiber->done;
           moved = again = true;
         }
       }
     }
-    if (!moved) fail("threads of a block wait for others that do not come: a barrier is not reached by all");
+    if (!moved && !machinery.step())
+      fail("threads of a block wait for others that do not come: a barrier is not reached by all");
   }
 }
 
@@ -228,9 +245,19 @@ void fail(const char* message) {
   std::abort();
 }
 
-void set_order(Order wanted) { order = wanted; }
+void set_order(Order wanted) { wanted_order = wanted; }
+Order order() { return wanted_order; }
+void set_machinery(const Machinery& wanted) { machinery = wanted; }
 
-void run_grid(unsigned blocks, unsigned threads, void (*run)(void*), void* context) {
+unsigned char* dynamic_shared() { return shared_memory.get() + kSharedOffset; }
+uint32_t shared_address(const void* p) {
+  const auto offset = static_cast<const unsigned char*>(p) - shared_memory.get();
+  if (offset < 0 || (size_t)offset > kSharedOffset + shared_bytes) fail("an address outside dynamic shared memory");
+  return (uint32_t)offset;
+}
+unsigned char* at_shared_address(uint32_t address) { return shared_memory.get() + address; }
+
+void run_grid(unsigned blocks, unsigned threads, size_t shared, void (*run)(void*), void* context) {
   body = run;
   argument = context;
   blockDim = dim3(threads);
@@ -238,10 +265,24 @@ void run_grid(unsigned blocks, unsigned threads, void (*run)(void*), void* conte
   fibers.resize(threads);
   warps.resize((threads + kWarpSize - 1) / kWarpSize);
   while (stacks.size() < threads) stacks.emplace_back(static_cast<char*>(std::malloc(kStack)));
+  // Ends with its last byte, so that AddressSanitizer sees what goes beyond.
+  shared_bytes = shared;
+  shared_memory.reset(static_cast<unsigned char*>(aligned(kSharedOffset + shared)));
   for (unsigned b = 0; b < blocks; ++b) {
     blockIdx = dim3(place(b, blocks, 1));
+    std::memset(shared_memory.get(), 0xff, kSharedOffset + shared);
+    machinery.begin();
     run_block(threads);
+    machinery.end();
   }
+}
+
+void wait_until(bool (*ready)(const void*), const void* context) {
+  if (ready(context)) return;
+  current->ready = ready;
+  current->context = context;
+  to_scheduler();
+  current->ready = nullptr;
 }
 
 void wait_for_block() { wait(&block); }
