@@ -20,6 +20,11 @@ def kernel(module: str, name: str) -> Callable:
     return getattr(importlib.import_module(f"transfuse.triton_kernels.{module}"), name)
 
 
+def traced(backend: str) -> str:
+    """The backend a call goes on with: that of the ops where ``torch.compile`` traces Triton."""
+    return COMPILED if backend == "triton" and torch.compiler.is_compiling() else backend
+
+
 def define(module: str, name: str, signature: str, *, recorded: bool) -> None:
     """Make the function ``name`` of a module of Triton kernels the op ``transfuse::name_triton``.
 
@@ -28,9 +33,14 @@ def define(module: str, name: str, signature: str, *, recorded: bool) -> None:
         recorded: whether the compiler may record a call in a CUDA graph: not where tables are
             copied to the device, or made there by the first call and kept.
     """
+    wrap(name, lambda *given: kernel(module, name)(*given), signature, recorded=recorded)
+
+
+def wrap(name: str, launch: Callable, signature: str, *, recorded: bool) -> None:
+    """As :func:`define`, for a function that does not take what the op does."""
     torch.library.custom_op(
         f"transfuse::{name}_triton",
-        lambda *given: kernel(module, name)(*given),
+        launch,
         mutates_args=(),
         schema=signature,
         tags=() if recorded else (torch.Tag.cudagraph_unsafe,),

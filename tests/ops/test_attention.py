@@ -112,6 +112,19 @@ def test_masked_tiles_change_nothing(cpu):
     torch.testing.assert_close(attend(query, KV(key, value, mask=mask), backend=cpu), out)
 
 
+def test_raw_op_has_gradients_where_every_source_is_masked(cpu):
+    """torch.compile calls raw ops. torch takes a list of nothing but tensors as differentiable."""
+    query, key, value = (t.requires_grad_() for t in torch.randn(3, 2, 2, 5, 8).unbind(0))
+    mask, index = torch.rand(2, 1, 5, 5) > 0.3, torch.tensor([1, 0])
+    core = ([key], [value], [], [-1], [mask], [index], [0.5], [0], [])
+    out, _ = torch.ops.transfuse.attention_forward(query, *core)
+    expected = attend(query, KV(key, value, mask=mask, index=index), scale=0.5, backend=cpu)
+    found, want = (
+        torch.autograd.grad(o.square().sum(), (query, key, value)) for o in (out, expected)
+    )
+    torch.testing.assert_close(found, want)
+
+
 # -- parts --------------------------------------------------------------------------------------
 
 

@@ -73,6 +73,7 @@ if not INTERPRETED:
 else:
     from dataclasses import dataclass, field
 
+    from transfuse.ops import KV, attend
     from transfuse.triton_kernels import _attention_plan, attention
 
     SMALL_BLOCKS = ";".join(
@@ -841,6 +842,17 @@ else:
             [1.0],
         )
         assert torch.equal(out, expected)
+
+    def test_gradient_of_an_expanded_bias():
+        query, key, value = normal(2, 2, 3, 8), normal(2, 1, 5, 8), normal(2, 1, 5, 4)
+        bias = normal(1, 2, 1, 5).requires_grad_()
+
+        def gradient(given, backend):
+            out = attend(query, KV(key, value, bias=given), backend=backend)
+            return torch.autograd.grad(out.square().sum(), bias)[0]
+
+        found = gradient(bias.expand(2, 2, 3, 5), "triton")
+        torch.testing.assert_close(found, gradient(bias, "reference"), rtol=1e-4, atol=1e-5)
 
     # Errors.
 

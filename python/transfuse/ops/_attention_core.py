@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from transfuse import _triton_ops
 from transfuse._autograd import Differentiable, Tensors, dense, function
 
 _KINDS = 5  # tensors per source
@@ -77,17 +78,20 @@ def compact(biases: list[Tensor | None]) -> tuple[list[Tensor], list[int]]:
     return present, [-1 if b is None else next(positions) for b in biases]
 
 
-def _cpp() -> Raw:
+def _ops(ending: str) -> Raw:
     ops = torch.ops.transfuse
 
-    def compacting(op: Callable, position: int) -> Callable:
-        return lambda *args: op(*args[:position], *compact(args[position]), *args[position + 1 :])
+    def compacting(name: str, position: int) -> Callable:
+        # Looked up when called: compiled graphs have no forward mode, and Triton no ops for it.
+        return lambda *args: getattr(ops, name + ending)(
+            *args[:position], *compact(args[position]), *args[position + 1 :]
+        )
 
     return Raw(
-        compacting(ops.attention_forward, 3),
-        compacting(ops.attention_backward, 5),
-        compacting(ops.attention_jvp, 3),
-        compacting(ops.attention_jvp_backward, 5),
+        compacting("attention_forward", 3),
+        compacting("attention_backward", 5),
+        compacting("attention_jvp", 3),
+        compacting("attention_jvp_backward", 5),
     )
 
 
@@ -107,6 +111,11 @@ def _expanding(launch: Callable, offset: int) -> Callable:
 
     def call(*args):
         args = list(args)
+        if launch.__name__.endswith("backward"):
+            args[offset + 3] = [
+                _own_entries(t) if wanted else t
+                for t, wanted in zip(args[offset + 3], args[-1], strict=True)
+            ]
         batch, heads, rows, _ = args[offset].shape
         shapes = [(batch, heads, rows, key.shape[2]) for key in args[offset + 1]]
         for position in (offset + 3, offset + 4):
@@ -128,9 +137,19 @@ def _expanding(launch: Callable, offset: int) -> Callable:
     return call
 
 
+def _own_entries(bias: Tensor | None) -> Tensor | None:
+    """A copy of a bias that was given expanded: launchers sum its gradient along a stride of 0."""
+    axes = [] if bias is None else zip(bias.shape, bias.stride(), strict=True)
+    if all(n == 1 or step != 0 for n, step in axes):
+        return bias
+    return bias.contiguous()
+
+
 def raw(backend: str) -> Raw:
     """The kernels of a backend."""
-    return _triton() if backend == "triton" else _cpp()
+    if backend == "triton":
+        return _triton()
+    return _ops("_triton" if backend == _triton_ops.COMPILED else "")
 
 
 # ---- rules ---------------------------------------------------------------------------------------

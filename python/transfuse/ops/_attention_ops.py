@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -146,10 +149,11 @@ def _fake_fused(
     return _like_query(query, values[0].shape[3]), lse
 
 
-def _setup_forward(ctx, inputs, output):
+def _setup_forward(ctx, inputs, output, backend: str):
     query, keys, values, biases, bias_at, masks, indices, scales, causal, windows = inputs
-    ctx.static = Static(tuple(scales), tuple(causal), "cpu", windows=tuple(windows))
+    ctx.static = Static(tuple(scales), tuple(causal), backend, windows=tuple(windows))
     ctx.bias_at = bias_at
+    ctx.unmoved = tuple(_nothing_for(given) for given in (masks, indices, windows))
     spread = [None if at < 0 else biases[at] for at in bias_at]
     ctx.save_for_backward(query, *keys, *values, *spread, *masks, *indices, *output)
     ctx.set_materialize_grads(False)
@@ -165,9 +169,14 @@ def _backward_of_forward(ctx, grad_out, grad_lse):
     grads = vjp(ctx.static, tensors, (out, lse), (grad_out, grad_lse), needs)
     parts = core_of(grads, sources)
     biases = [g for g, at in zip(parts.biases, ctx.bias_at, strict=True) if at >= 0]
-    # torch wants the gradient of an empty list to be one.
-    windows = None if ctx.static.windows else []
-    return parts.query, parts.keys, parts.values, biases, None, None, None, None, None, windows
+    masks, indices, windows = ctx.unmoved
+    return parts.query, parts.keys, parts.values, biases, None, masks, indices, None, None, windows
+
+
+def _nothing_for(given: Sequence) -> list[None] | None:
+    """No gradient, in the form that torch wants: of a list of nothing but tensors, a list (and an
+    empty one counts as such)."""
+    return [None] * len(given) if all(isinstance(t, Tensor) for t in given) else None
 
 
 _RULES = rules(Calls(_forward, _backward, _jvp, _jvp_backward))
@@ -198,12 +207,20 @@ def register() -> None:
     }
     for name, fake in fakes.items():
         torch.library.register_fake(f"transfuse::attention_{name}", fake)
+    # The kernel of a C++ op is chosen by the device, not by the name of a backend.
+    attach("", ("backward", "jvp", "jvp_backward", "fused"), "cpu")
+
+
+def attach(ending: str, refusing: Sequence[str], backend: str) -> None:
+    """Attach autograd to the ops whose names end so; ``refusing`` have no derivative."""
     torch.library.register_autograd(
-        "transfuse::attention_forward", _backward_of_forward, setup_context=_setup_forward
+        f"transfuse::attention_forward{ending}",
+        _backward_of_forward,
+        setup_context=functools.partial(_setup_forward, backend=backend),
     )
-    for name in ("backward", "jvp", "jvp_backward", "fused"):
+    for name in refusing:
         torch.library.register_autograd(
-            f"transfuse::attention_{name}",
+            f"transfuse::attention_{name}{ending}",
             _refuse(f"attention_{name}"),
             setup_context=lambda ctx, inputs, output: None,
         )

@@ -64,9 +64,7 @@ def sums(call: Call, backend: str | None) -> Tensor:
         needs_derivative([t for t in flat if t is not None])
         if chosen in WITHOUT_KERNELS:
             return _dense(static.plan, flat)[0]
-        if chosen == "triton":
-            static = static._replace(backend=_triton_ops.COMPILED)
-        return forward(static, flat)[0][0]
+        return forward(static._replace(backend=_triton_ops.traced(chosen)), flat)[0][0]
     if needs_derivative(flat):
         return function(static, flat)[0][0]
     return forward(static, flat)[0][0]

@@ -35,8 +35,7 @@ TRITON = {
 
 def kernel(backend: str, name: str) -> Callable:
     """The kernel of an op by a backend, with the arguments of the C++ op."""
-    compiled = backend == _triton_ops.COMPILED
-    if compiled or (backend == "triton" and torch.compiler.is_compiling()):
+    if _triton_ops.traced(backend) == _triton_ops.COMPILED:
         return getattr(torch.ops.transfuse, f"{name}_triton").default
     if backend == "triton":
         return _triton_ops.kernel(TRITON[name], name)

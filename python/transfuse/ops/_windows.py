@@ -43,6 +43,14 @@ class Grid(NamedTuple):
         return (len(self.size), *self.size, *self.window, *self.shift, self.wrap, self.pad, bias)
 
 
+def grid_of(numbers: Sequence[int]) -> tuple[Grid, int]:
+    """The grid, and the kind of bias, of which :meth:`Grid.numbers` are these."""
+    axes, *rest = numbers
+    per_axis = [tuple(rest[at * axes : (at + 1) * axes]) for at in range(3)]
+    wrap, pad, bias = rest[3 * axes :]
+    return Grid(*per_axis, wrap, pad), bias
+
+
 class Tables(NamedTuple):
     """Index tables of a grid, int64.
 

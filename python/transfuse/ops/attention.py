@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transfuse import _backend, _native
+from transfuse import _backend, _native, _triton_ops
 from transfuse._autograd import needs_derivative
-from transfuse.ops import _attention_ops
+from transfuse.ops import _attention_ops, _attention_triton_ops
 from transfuse.ops._attention_core import Static, compact, functions, raw
 from transfuse.ops._attention_reference import (
     _mix,
@@ -33,6 +33,7 @@ from transfuse.ops._sources import (
 __all__ = ["KV", "AttendResult", "Blend", "attend", "attend_with_lse", "merge_attention"]
 
 _backend.declare("attend", ("reference", "cpu", "triton"))
+_attention_triton_ops.register()
 if _native.status().loaded:
     _attention_ops.register()
 
@@ -92,7 +93,7 @@ def attend(
     if backend == "reference":
         return attend_reference(query, sources, blend=blend, scale=scale)
     call = normalise(query, sources, blend, scale)
-    chosen = _backend.choose("attend", backend, query.device, query.dtype)
+    chosen = _triton_ops.traced(_backend.choose("attend", backend, query.device, query.dtype))
     if chosen == "composed":
         return _composed(call)
     if needs_derivative(_tensors(call)):
@@ -135,7 +136,7 @@ def attend_with_lse(
         return attend_with_lse_reference(query, sources, blend=blend, scale=scale)
     call = normalise(query, sources, blend, scale)
     require_one_softmax(call)
-    chosen = _backend.choose("attend", backend, query.device, query.dtype)
+    chosen = _triton_ops.traced(_backend.choose("attend", backend, query.device, query.dtype))
     if chosen == "composed":
         return attend_with_lse_reference(query, sources, blend=blend, scale=scale)
     if needs_derivative(_tensors(call)):
@@ -217,11 +218,13 @@ def _fused(call: Normalised, backend: str) -> tuple[Tensor, Tensor]:
             [],
         )
     if backend == "triton":
-        return _fused_triton(call)
+        return _attention_triton_ops.fused(call)
     (query_weight,), (query_weights,) = _numbers([call.query_weight])
     key_weight, key_weights = _numbers(call.key_weights)
     gate, gates = _numbers(call.gates)
-    return torch.ops.transfuse.attention_fused(
+    ops = torch.ops.transfuse
+    traced = backend == _triton_ops.COMPILED
+    return (ops.attention_fused_triton if traced else ops.attention_fused)(
         call.query,
         call.query_other,
         query_weight,
@@ -241,35 +244,6 @@ def _fused(call: Normalised, backend: str) -> tuple[Tensor, Tensor]:
         call.groups,
         gate,
         gates,
-    )
-
-
-def _fused_triton(call: Normalised) -> tuple[Tensor, Tensor]:
-    from transfuse.triton_kernels import attention
-
-    rows = call.query.shape[:3]
-
-    def expand(weight, shape):
-        return weight.expand(shape) if isinstance(weight, Tensor) else weight
-
-    logits = [(*rows, key.shape[2]) for key in call.keys]
-    return attention.attention_fused(
-        call.query,
-        call.query_other,
-        expand(call.query_weight, rows),
-        call.query_index,
-        call.keys,
-        call.values,
-        call.key_others,
-        [expand(w, k.shape[:3]) for w, k in zip(call.key_weights, call.keys, strict=True)],
-        call.key_indices,
-        [None if b is None else b.expand(s) for b, s in zip(call.biases, logits, strict=True)],
-        [None if m is None else m.expand(s) for m, s in zip(call.masks, logits, strict=True)],
-        call.indices,
-        call.scales,
-        call.causal,
-        call.groups,
-        [expand(g, rows) for g in call.gates],
     )
 
 

@@ -167,9 +167,7 @@ def _run(chosen: str, head: Head, targets: Tensor | None, vectors: Tensor | None
         for t in (head.features, head.weight, head.bias, targets, vectors)
     ]
     eager = not torch.compiler.is_compiling()
-    if chosen == "triton" and not eager:
-        chosen = _triton_ops.COMPILED
-    static = _head_core.Static(head.segments.bounds, chosen)
+    static = _head_core.Static(head.segments.bounds, _triton_ops.traced(chosen))
     call = _head_core.functions if eager and needs_derivative(tensors) else _head_core
     return call.forward(static, tensors)[0]
 

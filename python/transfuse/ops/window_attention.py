@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transfuse import _backend, _checks
+from transfuse import _backend, _checks, _triton_ops
 from transfuse._autograd import needs_derivative
 from transfuse.ops import _attention_ops, _windows
 from transfuse.ops._attention_core import Static, functions, raw
@@ -122,7 +122,7 @@ def window_attention(
     if chosen == "composed":
         return _composed(call, keys, bias, kind, own)
     if chosen == "triton":
-        return _triton(call, keys, bias, kind, own)
+        return _triton(call, keys, bias, kind, own, _triton_ops.traced(chosen))
     bias, kind = _dense_bias(bias, kind, call.query, own)
     biases = [bias, *call.biases[1:]]
     tensors = (call.query, *keys, *call.values, *biases, *call.masks, *call.indices)
@@ -312,26 +312,54 @@ def _gathered(
 
 
 def _triton(
-    call: Normalised, keys: list[Tensor], bias: Tensor | None, kind: int, own: Grid
+    call: Normalised, keys: list[Tensor], bias: Tensor | None, kind: int, own: Grid, backend: str
 ) -> Tensor:
     """One kernel without derivatives or extra keys, else Triton attention on gathered windows."""
+    traced = backend == _triton_ops.COMPILED
     plain = len(keys) == 1 and call.indices[0] is None
     if plain and not needs_derivative((call.query, *keys, *call.values, bias)):
-        from transfuse.triton_kernels.window_attention import window_attention_forward
-
-        table = _windows.tables(own, call.query.device).token.int()
-        codes = _windows.slot_codes(own, kind, call.query.device)
-        out, _ = window_attention_forward(
-            call.query, keys[0], call.values[0], bias, *codes, table, call.scales[0]
-        )
-        return out
+        tensors = (call.query, keys[0], call.values[0], bias)
+        if traced:
+            op = torch.ops.transfuse.window_attention_triton
+            return op(*tensors, own.numbers(kind), call.scales[0])
+        return _launch(*tensors, own, kind, call.scales[0])
 
     def core(query, keys, values, biases, masks, indices, scales, causal):
-        static = Static(tuple(scales), tuple(causal), "triton")
+        static = Static(tuple(scales), tuple(causal), backend)
         tensors = (query, *keys, *values, *biases, *masks, *indices)
-        return functions.forward(static, tensors)
+        return (_attention_ops._forward if traced else functions.forward)(static, tensors)
 
     return _gathered(core, call, keys, bias, kind, own)
+
+
+def _launch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    own: Grid,
+    kind: int,
+    scale: float,
+) -> Tensor:
+    """The Triton kernel of a grid, and of a bias of ``kind``."""
+    table = _windows.tables(own, query.device).token.int()
+    codes = _windows.slot_codes(own, kind, query.device)
+    kernel = _triton_ops.kernel("window_attention", "window_attention_forward")
+    return kernel(query, key, value, bias, *codes, table, scale)[0]
+
+
+def _fake(query, key, value, bias, windows, scale):
+    return _attention_ops._like_query(query, value.shape[3])
+
+
+# The kernel's index tables are made for the device by the first call, and kept.
+_triton_ops.wrap(
+    "window_attention",
+    lambda *given: _launch(*given[:4], *_windows.grid_of(given[4]), given[5]),
+    "(Tensor query, Tensor key, Tensor value, Tensor? bias, int[] windows, float scale) -> Tensor",
+    recorded=False,
+)
+torch.library.register_fake("transfuse::window_attention_triton", _fake)
 
 
 def _composed(

@@ -152,6 +152,17 @@ def run(
     return Outcome("wrong", "; ".join(problems)) if problems else Outcome("right")
 
 
+def assert_compiles(
+    spec: OpSpec, case: str, *, backend: str, dtype: torch.dtype = torch.float32
+) -> None:
+    """Raise unless one graph gives the values of a case, with symbolic sizes, and its gradients."""
+    names = ["compile, dynamic"] + (["compile, backward"] if spec.underivable is None else [])
+    for check in (c for c in CHECKS if c.name in names):
+        outcome = run(check, spec, spec.case(case), backend=backend, dtype=dtype)
+        if outcome.status != "right":
+            raise AssertionError(f"{check.name}: {outcome.status}: {outcome.detail}")
+
+
 def _promised_refusal(check: Check, probe: Probe) -> Outcome:
     """Of an op without derivatives, any result of a derivative is a wrong one."""
     try:
