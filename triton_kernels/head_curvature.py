@@ -189,6 +189,16 @@ def _backward_kernel(
 # ---- plans ---------------------------------------------------------------------------------------
 
 
+def _check(x: torch.Tensor, weight: torch.Tensor) -> None:
+    if x.dtype != torch.float32:
+        raise TypeError(f"head: the triton backend computes in float32, got {x.dtype}")
+    if weight.shape[0] > CLASSES_MOST or x.shape[0] >= 2**30 or x.shape[1] > COLUMNS_MOST:
+        raise ValueError(
+            f"head: the triton backend takes up to {CLASSES_MOST} classes, {COLUMNS_MOST} columns "
+            f"and 2^30 samples, got shapes {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+
+
 def _options(blocks: Blocks) -> dict[str, int]:
     return {"num_warps": 8 if blocks.classes > 16 else 4, "num_stages": 1}
 
@@ -202,6 +212,7 @@ def plan_forward(
     offsets: Sequence[int],
 ) -> tuple[tuple[torch.Tensor, ...], list[Launch]]:
     """Results of :func:`head_forward`, and the launches that fill them."""
+    _check(x, weight)
     if weight.shape[0] > CLASSES_ONE_TILE:
         return _head_wide.plan_forward(x, weight, bias, targets, vectors, offsets)
     (samples, columns), classes, domains = x.shape, weight.shape[0], len(offsets) - 1
@@ -267,6 +278,7 @@ def plan_backward(
     vectors_grad: bool,
 ) -> tuple[tuple[torch.Tensor, ...], list[Launch]]:
     """Results of :func:`head_backward`, and the launches that fill them."""
+    _check(x, weight)
 
     def result(wanted: bool, like: torch.Tensor | None) -> torch.Tensor:
         return torch.empty_like(like) if wanted and like is not None else x.new_empty((0,))
@@ -353,51 +365,17 @@ def plan_backward(
 # ---- calls ---------------------------------------------------------------------------------------
 
 
-def _check(x: torch.Tensor, weight: torch.Tensor) -> None:
-    if x.dtype != torch.float32:
-        raise TypeError(f"head: the triton backend computes in float32, got {x.dtype}")
-    if weight.shape[0] > CLASSES_MOST or x.shape[0] >= 2**30 or x.shape[1] > COLUMNS_MOST:
-        raise ValueError(
-            f"head: the triton backend takes up to {CLASSES_MOST} classes, {COLUMNS_MOST} columns "
-            f"and 2^30 samples, got shapes {tuple(x.shape)} and {tuple(weight.shape)}"
-        )
-
-
-def head_forward(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    targets: torch.Tensor | None,
-    vectors: torch.Tensor | None,
-    offsets: Sequence[int],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The result (E, C, D), p, 1 - p and u, as the C++ op ``transfuse::head_forward``."""
-    _check(x, weight)
-    results, launches = plan_forward(x, weight, bias, targets, vectors, offsets)
-    run(launches, x.device)
+def head_forward(*arguments) -> tuple[torch.Tensor, ...]:
+    """The result (E, C, D), p, 1 - p and u of :func:`plan_forward`'s arguments, as the C++ op
+    ``transfuse::head_forward``."""
+    results, launches = plan_forward(*arguments)
+    run(launches, results[0].device)
     return results
 
 
-def head_backward(
-    grad: torch.Tensor,
-    p: torch.Tensor,
-    rest: torch.Tensor,
-    u: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    targets: torch.Tensor | None,
-    vectors: torch.Tensor | None,
-    offsets: Sequence[int],
-    x_grad: bool,
-    head_grad: bool,
-    vectors_grad: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients by x, weight, bias and vectors, as the C++ op ``transfuse::head_backward``."""
-    _check(x, weight)
-    results, launches = plan_backward(
-        grad, p, rest, u, x, weight, bias, targets, vectors, offsets,
-        x_grad, head_grad, vectors_grad,
-    )  # fmt: skip
-    run(launches, x.device)
+def head_backward(*arguments) -> tuple[torch.Tensor, ...]:
+    """Gradients by x, weight, bias and vectors of :func:`plan_backward`'s arguments, as the C++ op
+    ``transfuse::head_backward``."""
+    results, launches = plan_backward(*arguments)
+    run(launches, results[0].device)
     return results

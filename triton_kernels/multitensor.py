@@ -23,6 +23,13 @@ ONE, BYTES, WORDS, HASHED = 0, 1, 2, 3
 
 
 @triton.jit
+def chunk_of(chunks, number):
+    """Block, first element and number of elements of a chunk of :func:`chunk_table`."""
+    entry = chunks + 3 * number
+    return tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+
+
+@triton.jit
 def _mixed(x):
     """The finaliser of MurmurHash3."""
     x = (x ^ (x >> 16)) * 0x85EBCA6B
@@ -54,8 +61,7 @@ def _lincomb_kernel(
     HAS_BASE: tl.constexpr, MODE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one result."""
-    entry = chunks + 3 * tl.program_id(0).to(tl.int64)
-    block, begin, count = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+    block, begin, count = chunk_of(chunks, tl.program_id(0).to(tl.int64))
     at = tl.arange(0, BLOCK)
     live = at < count
     element = begin + at
@@ -87,8 +93,7 @@ def _dots_kernel(
 ):  # fmt: skip
     """Sums of one chunk, (chunk, list, partition)."""
     number = tl.program_id(0).to(tl.int64)
-    entry = chunks + 3 * number
-    block, begin, count = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+    block, begin, count = chunk_of(chunks, number)
     at = tl.arange(0, BLOCK)
     live = at < count
     element = begin + at

@@ -13,7 +13,7 @@ import torch
 
 from ._attention_plan import Launch, run
 from ._triton import tl, triton
-from .multitensor import BLOCK, addresses, chunk_table, one_dtype
+from .multitensor import BLOCK, addresses, chunk_of, chunk_table, one_dtype
 
 DIGIT = 8  # bits counted at a time
 COUNTERS = 1024  # histograms, each of a run of chunks
@@ -30,8 +30,7 @@ def _ratio_kernel(
 ):  # fmt: skip
     """Weighted means of one chunk for all settings, and how many weights are no weights."""
     number = tl.program_id(0).to(tl.int64)
-    block = tl.load(chunks + 3 * number)
-    begin, count = tl.load(chunks + 3 * number + 1), tl.load(chunks + 3 * number + 2)
+    block, begin, count = chunk_of(chunks, number)
     at = tl.arange(0, BLOCK)
     live = at < count
     element = begin + at
@@ -78,9 +77,7 @@ def _count_kernel(
     at = tl.arange(0, BLOCK)
     digits = tl.zeros([BINS], tl.int32)
     for number in range(first, last):
-        entry = chunks + 3 * number
-        block = tl.load(entry)
-        begin, count = tl.load(entry + 1), tl.load(entry + 2)
+        block, begin, count = chunk_of(chunks, number)
         data = tl.load(tensors + block).to(tl.pointer_type(like.dtype.element_ty))
         word = tl.load(data + begin + at, mask=at < count, other=0).to(tl.int32)
         word = word & ((1 << BITS) - 1)
@@ -99,9 +96,7 @@ def _elect_kernel(
 ):  # fmt: skip
     """One chunk of a result: the mean of what is not below its list's threshold and has the sign of
     their sum. NaN shows."""
-    number = tl.program_id(0).to(tl.int64)
-    block = tl.load(chunks + 3 * number)
-    begin, count = tl.load(chunks + 3 * number + 1), tl.load(chunks + 3 * number + 2)
+    block, begin, count = chunk_of(chunks, tl.program_id(0).to(tl.int64))
     at = tl.arange(0, BLOCK)
     live = at < count
     element = begin + at

@@ -12,7 +12,7 @@ import torch
 
 from ._attention_plan import Launch, run
 from ._triton import tl, triton
-from .multitensor import BLOCK, addresses, chunk_table, one_dtype
+from .multitensor import BLOCK, addresses, chunk_of, chunk_table, one_dtype
 
 ROWS = 8  # lists whose products with all others one program makes
 PRODUCTS = 2**24  # numbers in the Gram matrices of all chunks
@@ -27,8 +27,7 @@ def _norm_kernel(
     """Squares (ORDER 2) or magnitudes (1) of one chunk, or its largest magnitude (0), where NaN
     stays. In float64: squares of what float32 holds neither overflow nor vanish."""
     number = tl.program_id(0).to(tl.int64)
-    block = tl.load(chunks + 3 * number)
-    begin, count = tl.load(chunks + 3 * number + 1), tl.load(chunks + 3 * number + 2)
+    block, begin, count = chunk_of(chunks, number)
     at = tl.arange(0, BLOCK)
     data = tl.load(tensors + block).to(tl.pointer_type(like.dtype.element_ty))
     x = tl.load(data + begin + at, mask=at < count, other=0.0).to(tl.float64)
@@ -54,8 +53,7 @@ def _gram_kernel(
     """Products of some lists with themselves and with later ones, (chunk, list, list): sums over
     ``BLOCK`` elements in float32, of those in float64. The address of an absent tensor is 0."""
     number = tl.program_id(0).to(tl.int64)
-    block = tl.load(chunks + 3 * number)
-    begin, count = tl.load(chunks + 3 * number + 1), tl.load(chunks + 3 * number + 2)
+    block, begin, count = chunk_of(chunks, number)
     first = tl.program_id(1) * ROWS
     row, column = first + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     own = tl.load(tensors + row * blocks + block, mask=row < lists, other=0)

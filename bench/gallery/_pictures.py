@@ -89,8 +89,7 @@ def run(
     size: tuple[int, int] = (64, 96),
 ) -> int:
     """The command line of a picture: ``draw(size, backend=...)`` gives the figure to save."""
-    parser = argparse.ArgumentParser(prog=prog, description=description)
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="PNG to write")
+    parser = parser_of(prog, description)
     parser.add_argument(
         "--size",
         type=int,
@@ -104,6 +103,44 @@ def run(
     if min(args.size) < smallest:
         parser.error(f"--size: expected more than {smallest - 1} rows and columns")
     return save(lambda: draw(tuple(args.size), backend=args.backend), args.out)
+
+
+class Count(NamedTuple):
+    """An option ``--name`` that is a whole number."""
+
+    name: str
+    default: int
+    least: int = 1
+    help: str | None = None
+
+
+def run_counts(
+    draw: Callable,
+    argv: Sequence[str] | None,
+    *,
+    prog: str,
+    description: str,
+    counts: Sequence[Count],
+) -> int:
+    """The command line of a picture that ``draw`` makes of some numbers, in their order."""
+    parser = parser_of(prog, description)
+    for count in counts:
+        parser.add_argument(
+            f"--{count.name}", type=int, default=count.default, metavar="N", help=count.help
+        )
+    args = parser.parse_args(argv)
+    numbers = [getattr(args, count.name) for count in counts]
+    for count, number in zip(counts, numbers, strict=True):
+        if number < count.least:
+            parser.error(f"--{count.name}: expected at least {count.least}")
+    return save(lambda: draw(*numbers), args.out)
+
+
+def parser_of(prog: str, description: str) -> argparse.ArgumentParser:
+    """A command line that asks for the file to write."""
+    parser = argparse.ArgumentParser(prog=prog, description=description)
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="PNG to write")
+    return parser
 
 
 def save(draw: Callable[[], Any], out: Path) -> int:

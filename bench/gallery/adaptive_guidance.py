@@ -9,11 +9,9 @@ guidance, the cosine that decides, and what each threshold costs and saves.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -23,7 +21,7 @@ from transfuse.methods.diffusion_control.adaptive_guidance import AdaptiveGuidan
 from transfuse.ops import DDIM, cfg_step
 
 from ..cases import Unavailable
-from ._pictures import save
+from ._pictures import Count, run_counts
 
 STEPS, SCALE, THRESHOLD, COMPONENTS, WIDTH = 20, 3.0, 0.99, 8, 0.3
 THRESHOLDS = (0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
@@ -138,16 +136,13 @@ def draw(count: int, make: Callable[..., AdaptiveGuidance] = AdaptiveGuidance):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    return run_counts(
+        draw,
+        argv,
         prog="python -m transfuse.bench.gallery.adaptive_guidance",
         description="Draw adaptive guidance on an exact model.",
+        counts=(Count("samples", 128, least=2),),
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="PNG to write")
-    parser.add_argument("--samples", type=int, default=128, metavar="N")
-    args = parser.parse_args(argv)
-    if args.samples < 2:
-        parser.error("--samples: expected at least 2")
-    return save(lambda: draw(args.samples), args.out)
 
 
 if __name__ == "__main__":

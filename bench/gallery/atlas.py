@@ -9,11 +9,9 @@ Right: the learned coefficients, task by tensor.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +20,7 @@ from torch import Tensor, nn
 from transfuse.methods.model_merging.atlas import Atlas, TaskVector, fit
 
 from ..cases import Unavailable
-from ._pictures import save
+from ._pictures import Count, run_counts
 from .fisher_merging import digits, train
 
 GROUPS = ((0, 1, 2, 3), (4, 5, 6), (7, 8, 9))
@@ -107,12 +105,16 @@ def draw(seed: int, steps: int):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="atlas", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="PNG to write")
-    parser.add_argument("--seed", type=int, default=1, help="of everything")
-    parser.add_argument("--steps", type=int, default=200, help="of the coefficients' training")
-    args = parser.parse_args(argv)
-    return save(lambda: draw(args.seed, args.steps), args.out)
+    return run_counts(
+        draw,
+        argv,
+        prog="python -m transfuse.bench.gallery.atlas",
+        description=__doc__.splitlines()[0],
+        counts=(
+            Count("seed", 1, least=0, help="of everything"),
+            Count("steps", 200, help="of the coefficients' training"),
+        ),
+    )
 
 
 if __name__ == "__main__":

@@ -9,10 +9,8 @@ as float64 gives it.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +24,7 @@ from transfuse.methods.optimization.attention_svm import (
 )
 
 from ..cases import Unavailable
-from ._pictures import save
+from ._pictures import Count, run_counts
 
 N, TOKENS, WIDTHS = 4, 5, (6, 10, 20)
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c")
@@ -94,18 +92,13 @@ def draw(steps: int, runs: int):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    return run_counts(
+        draw,
+        argv,
         prog="python -m transfuse.bench.gallery.attention_svm",
         description="Draw the convergence of attention to its support vector machine.",
+        counts=(Count("steps", 4000), Count("runs", 30)),
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="PNG to write")
-    parser.add_argument("--steps", type=int, default=4000, metavar="N")
-    parser.add_argument("--runs", type=int, default=30, metavar="N")
-    args = parser.parse_args(argv)
-    for name in ("steps", "runs"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name}: expected at least 1")
-    return save(lambda: draw(args.steps, args.runs), args.out)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,8 @@ error against normalised information.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -22,7 +20,7 @@ from transfuse.methods.information_theory.cs_ib import CSIBLoss
 from transfuse.ops import cs_qmi
 
 from ..cases import Unavailable
-from ._pictures import save
+from ._pictures import Count, run_counts
 
 BETAS = (0.0, 0.01, 0.1, 1.0)
 COUNT, WIDTH = 512, 8
@@ -108,16 +106,13 @@ def draw(epochs: int):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    return run_counts(
+        draw,
+        argv,
         prog="python -m transfuse.bench.gallery.cs_ib",
         description="Draw representations under the Cauchy-Schwarz information bottleneck.",
+        counts=(Count("epochs", 60),),
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="PNG to write")
-    parser.add_argument("--epochs", type=int, default=60, metavar="N")
-    args = parser.parse_args(argv)
-    if args.epochs < 1:
-        parser.error("--epochs: expected at least 1")
-    return save(lambda: draw(args.epochs), args.out)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,9 @@ information of the first layer, per input pixel, of either copy.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +20,7 @@ from torch import Tensor, nn
 from transfuse.methods.model_merging.fisher_merging import diagonal_fisher, search
 
 from ..cases import Unavailable
-from ._pictures import save
+from ._pictures import Count, run_counts
 
 HALVES = ((0, 1, 2, 3, 4), (5, 6, 7, 8, 9))
 
@@ -110,12 +108,16 @@ def draw(seeds: int, points: int):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="fisher_merging", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="PNG to write")
-    parser.add_argument("--seeds", type=int, default=5, help="runs")
-    parser.add_argument("--points", type=int, default=51, help="settings of the coefficients")
-    args = parser.parse_args(argv)
-    return save(lambda: draw(args.seeds, args.points), args.out)
+    return run_counts(
+        draw,
+        argv,
+        prog="python -m transfuse.bench.gallery.fisher_merging",
+        description=__doc__.splitlines()[0],
+        counts=(
+            Count("seeds", 5, help="runs"),
+            Count("points", 51, help="settings of the coefficients"),
+        ),
+    )
 
 
 if __name__ == "__main__":

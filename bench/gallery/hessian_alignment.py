@@ -10,10 +10,8 @@ another Hessian; one that goes by shape has the same in all.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -23,7 +21,7 @@ from transfuse.methods.domain_generalization.hessian_alignment import HessianAli
 from transfuse.ops import head_hessian_diagonal, head_hessian_product
 
 from ..cases import Unavailable
-from ._pictures import save
+from ._pictures import parser_of, save
 
 FLIPS = (0.2, 0.1, 0.9)
 NAMES = ("training, 80 % colour", "training, 90 % colour", "test, 10 % colour")
@@ -133,11 +131,10 @@ def draw(steps: int, weight: float, seed: int):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m transfuse.bench.gallery.hessian_alignment",
-        description="Draw the Hessians of domains after plain and after aligned training.",
+    parser = parser_of(
+        "python -m transfuse.bench.gallery.hessian_alignment",
+        "Draw the Hessians of domains after plain and after aligned training.",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="PNG to write")
     parser.add_argument("--steps", type=int, default=400, metavar="N")
     parser.add_argument("--weight", type=float, default=1e4, help="of the penalty, after its ramp")
     parser.add_argument("--seed", type=int, default=0)

@@ -8,12 +8,10 @@ and label over the steps, the information bottleneck bound, and how gradients dr
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import sys
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +23,7 @@ from transfuse.methods.information_theory.information_plane import (
 )
 
 from ..cases import Unavailable
-from ._pictures import save
+from ._pictures import Count, run_counts
 
 WIDTHS = (12, 10, 7, 5, 4, 3, 2)
 BATCH = 256
@@ -116,18 +114,13 @@ def draw(steps: int, records: int):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    return run_counts(
+        draw,
+        argv,
         prog="python -m transfuse.bench.gallery.information_plane",
         description="Draw the information plane of a small network during training.",
+        counts=(Count("steps", 3000), Count("records", 40, least=2)),
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="PNG to write")
-    parser.add_argument("--steps", type=int, default=3000, metavar="N")
-    parser.add_argument("--records", type=int, default=40, metavar="N")
-    args = parser.parse_args(argv)
-    for name, least in (("steps", 1), ("records", 2)):
-        if getattr(args, name) < least:
-            parser.error(f"--{name}: expected at least {least}")
-    return save(lambda: draw(args.steps, args.records), args.out)
 
 
 if __name__ == "__main__":

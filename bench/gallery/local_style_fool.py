@@ -9,10 +9,8 @@ the refinement is, how often it asks), not how well a real classifier resists.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -27,7 +25,7 @@ from transfuse.methods.diffusion_control.local_style_fool import (
 )
 
 from ..cases import Unavailable
-from ._pictures import save, shrink
+from ._pictures import parser_of, save, shrink
 
 CLIP, STYLE = "china", "flower"
 ROWS, COLUMNS = 2, 3  # regions: the cells of a grid
@@ -136,11 +134,10 @@ def draw(size: tuple[int, int], *, iterations: int = 40):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m transfuse.bench.gallery.local_style_fool",
-        description="Draw regional style transfer and its refinement on a photograph.",
+    parser = parser_of(
+        "python -m transfuse.bench.gallery.local_style_fool",
+        "Draw regional style transfer and its refinement on a photograph.",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="PNG to write")
     parser.add_argument("--size", type=int, nargs=2, default=(64, 96), metavar=("ROWS", "COLUMNS"))
     parser.add_argument("--iterations", type=int, default=40, metavar="N", help="of L-BFGS")
     args = parser.parse_args(argv)

@@ -10,10 +10,8 @@ and after training under depth-muP.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +26,7 @@ from transfuse.methods.optimization.lr_transfer import (
 )
 
 from ..cases import Unavailable
-from ._pictures import new_figure, save
+from ._pictures import new_figure, parser_of, save
 
 SAMPLES, DEPTH, LR = 256, 2, 0.5
 COLOURS = ("#fdae61", "#f46d43", "#d73027", "#7f0000")
@@ -109,11 +107,10 @@ def draw(widths: Sequence[int], steps: int):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m transfuse.bench.gallery.lr_transfer",
-        description="Draw sharpness along training over widths.",
+    parser = parser_of(
+        "python -m transfuse.bench.gallery.lr_transfer",
+        "Draw sharpness along training over widths.",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="PNG to write")
     parser.add_argument("--widths", type=int, nargs="+", default=[32, 64, 128, 256], metavar="N")
     parser.add_argument("--steps", type=int, default=160)
     args = parser.parse_args(argv)

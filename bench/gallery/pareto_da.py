@@ -9,10 +9,8 @@ step, to first order, with Pareto weights and with equal ones. Right: the losses
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -25,7 +23,7 @@ from transfuse.methods.domain_adaptation.pareto_da import (
 )
 
 from ..cases import Unavailable
-from ._pictures import save
+from ._pictures import Count, run_counts
 from .tract import digits
 
 BATCH, LEARNING_RATE, MOMENTUM = 32, 0.05, 0.9
@@ -175,15 +173,13 @@ def draw(steps: int):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m transfuse.bench.gallery.pareto_da", description="Draw Pareto weights."
+    return run_counts(
+        draw,
+        argv,
+        prog="python -m transfuse.bench.gallery.pareto_da",
+        description="Draw Pareto weights.",
+        counts=(Count("steps", 250, least=2),),
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="PNG to write")
-    parser.add_argument("--steps", type=int, default=250, metavar="N")
-    args = parser.parse_args(argv)
-    if args.steps < 2:
-        parser.error("--steps: expected at least 2")
-    return save(lambda: draw(args.steps), args.out)
 
 
 if __name__ == "__main__":

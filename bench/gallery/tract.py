@@ -8,10 +8,8 @@ the weight gradient of the first layer differs.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +17,7 @@ from torch import Tensor, nn
 from transfuse.methods.optimization.tract import tract
 
 from ..cases import Unavailable
-from ._pictures import save
+from ._pictures import Count, run_counts
 
 BATCH, LEARNING_RATE, MOMENTUM = 64, 0.1, 0.9
 LAMBDAS = (0.05, 0.1, 0.2)
@@ -97,18 +95,13 @@ def draw(epochs: int, seeds: int):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    return run_counts(
+        draw,
+        argv,
         prog="python -m transfuse.bench.gallery.tract",
         description="Draw training curves with and without TrAct.",
+        counts=(Count("epochs", 20), Count("seeds", 3)),
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="PNG to write")
-    parser.add_argument("--epochs", type=int, default=20, metavar="N")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N")
-    args = parser.parse_args(argv)
-    for name in ("epochs", "seeds"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name}: expected at least 1")
-    return save(lambda: draw(args.epochs, args.seeds), args.out)
 
 
 if __name__ == "__main__":

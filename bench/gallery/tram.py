@@ -8,10 +8,8 @@ first order if the perturbation points uphill; the released code's does not.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +17,7 @@ from torch import Tensor, nn
 from transfuse.methods.optimization.tram import TRAM, Ema, Frozen, PreviousStep, divergence
 
 from ..cases import Unavailable
-from ._pictures import save
+from ._pictures import Count, run_counts
 from .tract import digits
 
 BATCH, LEARNING_RATE, MOMENTUM = 64, 0.2, 0.9
@@ -109,15 +107,13 @@ def draw(steps: int):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m transfuse.bench.gallery.tram", description="Draw TRAM's ascents."
+    return run_counts(
+        draw,
+        argv,
+        prog="python -m transfuse.bench.gallery.tram",
+        description="Draw TRAM's ascents.",
+        counts=(Count("steps", 200, least=2),),
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="PNG to write")
-    parser.add_argument("--steps", type=int, default=200, metavar="N")
-    args = parser.parse_args(argv)
-    if args.steps < 2:
-        parser.error("--steps: expected at least 2")
-    return save(lambda: draw(args.steps), args.out)
 
 
 if __name__ == "__main__":

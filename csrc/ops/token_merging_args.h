@@ -24,6 +24,21 @@ inline void check_integers(const Tensor& t, const Tensor& first, const char* nam
   check_device(t, first, name);
 }
 
+// Tokens and references to compare them with, (batch or 1, references, channels).
+template <class Args>
+inline void set_tokens(const Tensor& x, const Tensor& reference, Args* a) {
+  check_device(reference, x, "reference");
+  a->x = tokens_view(x, "x");
+  a->reference = tokens_view(reference, "reference");
+  a->dtype = a->x.dtype;
+  a->batch = x.size(0);
+  a->depth = x.size(2);
+  STD_TORCH_CHECK(a->reference.dtype == a->dtype, "reference must have the dtype of x");
+  STD_TORCH_CHECK(reference.size(0) == a->batch || reference.size(0) == 1, "reference must have the batch of x or 1");
+  STD_TORCH_CHECK(reference.size(2) == a->depth, "reference must have the channels of x");
+  if (reference.size(0) == 1) a->reference.stride[0] = 0;
+}
+
 // A (batch or 1, n) integer tensor of a plan; the stride between batch entries.
 inline const int64_t* plan_array(const Tensor& t, const Tensor& first, const char* name, int64_t* stride) {
   check_integers(t, first, name);
@@ -74,6 +89,13 @@ inline MergeArgs merge_args(const Tensor& in, const char* name, const Tensor& ro
   return a;
 }
 
+// Tokens to merge, as many as the plan has.
+inline MergeArgs merge_args(const Tensor& x, const Tensor& rows, const Tensor& order, const Tensor& start) {
+  MergeArgs a = merge_args(x, "x", rows, order, start);
+  STD_TORCH_CHECK(x.size(1) == a.plan.tokens, "x must have the plan's ", a.plan.tokens, " tokens, got ", x.size(1));
+  return a;
+}
+
 // The ops over launchers: `Run::check(tokens)` refuses other devices; `Run::segments(args, tokens)` and its like
 // compute.
 template <class Run>
@@ -82,19 +104,10 @@ struct TokenMergingOps {
                                             bool exclude_self) {
     NearestArgs a;
     Run::check(x);
-    check_device(reference, x, "reference");
-    a.x = tokens_view(x, "x");
-    a.reference = tokens_view(reference, "reference");
-    a.dtype = a.x.dtype;
-    a.batch = x.size(0);
+    set_tokens(x, reference, &a);
     a.rows = x.size(1);
     a.columns = reference.size(1);
-    a.depth = x.size(2);
-    STD_TORCH_CHECK(a.reference.dtype == a.dtype, "reference must have the dtype of x");
-    STD_TORCH_CHECK(reference.size(0) == a.batch || reference.size(0) == 1, "reference must have the batch of x or 1");
-    STD_TORCH_CHECK(reference.size(2) == a.depth, "reference must have the channels of x");
     STD_TORCH_CHECK(!exclude_self || a.rows == a.columns, "exclude_self needs as many references as tokens");
-    if (reference.size(0) == 1) a.reference.stride[0] = 0;
     if (mask.has_value()) {
       const Tensor& m = *mask;
       check_device(m, x, "mask");
@@ -117,8 +130,7 @@ struct TokenMergingOps {
   static Tensor segments(const Tensor& x, const OptionalTensor& scale, const Tensor& rows, const Tensor& order,
                          const Tensor& start, int64_t weighting) {
     Run::check(x);
-    MergeArgs a = merge_args(x, "x", rows, order, start);
-    STD_TORCH_CHECK(x.size(1) == a.plan.tokens, "x must have the plan's ", a.plan.tokens, " tokens, got ", x.size(1));
+    MergeArgs a = merge_args(x, rows, order, start);
     a.weighting = weighting_of(weighting, 3);
     set_scale(scale, x, a.plan, &a);
     Tensor out = new_empty(x, {a.plan.batch, a.plan.rows, a.depth}, x.scalar_type());
@@ -144,8 +156,7 @@ struct TokenMergingOps {
   static std::tuple<Tensor, Tensor> amax(const Tensor& x, const Tensor& rows, const Tensor& order, const Tensor& start,
                                          bool winners) {
     Run::check(x);
-    MergeArgs a = merge_args(x, "x", rows, order, start);
-    STD_TORCH_CHECK(x.size(1) == a.plan.tokens, "x must have the plan's ", a.plan.tokens, " tokens, got ", x.size(1));
+    MergeArgs a = merge_args(x, rows, order, start);
     const std::vector<int64_t> shape = {a.plan.batch, a.plan.rows, a.depth};
     Tensor out = new_empty(x, shape, x.scalar_type());
     Tensor winner = new_empty(x, winners ? shape : std::vector<int64_t>{0}, ScalarType::Long);
@@ -159,19 +170,10 @@ struct TokenMergingOps {
                      double alpha, double threshold) {
     PushArgs a;
     Run::check(x);
-    check_device(reference, x, "reference");
-    check_device(similarity, x, "similarity");
-    a.x = tokens_view(x, "x");
-    a.reference = tokens_view(reference, "reference");
-    a.dtype = a.x.dtype;
-    a.batch = x.size(0);
+    set_tokens(x, reference, &a);
     a.tokens = x.size(1);
     a.references = reference.size(1);
-    a.depth = x.size(2);
-    STD_TORCH_CHECK(a.reference.dtype == a.dtype, "reference must have the dtype of x");
-    STD_TORCH_CHECK(reference.size(0) == a.batch || reference.size(0) == 1, "reference must have the batch of x or 1");
-    STD_TORCH_CHECK(reference.size(2) == a.depth, "reference must have the channels of x");
-    if (reference.size(0) == 1) a.reference.stride[0] = 0;
+    check_device(similarity, x, "similarity");
     check_shape(similarity, {a.batch, a.tokens}, "similarity");
     check_shape(index, {a.batch, a.tokens}, "index");
     check_integers(index, x, "index");

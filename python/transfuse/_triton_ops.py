@@ -25,6 +25,18 @@ def traced(backend: str) -> str:
     return COMPILED if backend == "triton" and torch.compiler.is_compiling() else backend
 
 
+def raw_ops(module: str, backend: str, *names: str) -> tuple[Callable, ...]:
+    """The raw ops of a backend by their names in the C++ library.
+
+    Args:
+        module: where the Triton kernels' functions of these names are.
+    """
+    if backend == "triton":
+        return tuple(kernel(module, name) for name in names)
+    suffix = "_triton" if backend == COMPILED else ""
+    return tuple(getattr(torch.ops.transfuse, name + suffix) for name in names)
+
+
 def define(module: str, name: str, signature: str, *, recorded: bool) -> None:
     """Make the function ``name`` of a module of Triton kernels the op ``transfuse::name_triton``.
 

@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 
 from transfuse.testing import oracle
-from transfuse.testing.spec import Case, OpSpec
+from transfuse.testing.spec import Case, OpSpec, Tensors
+
+# Ways to look at a kernel, with the widths of their bands.
+WAYS = {
+    "value": oracle.VALUE_UNITS,
+    "gradient": oracle.GRADIENT_UNITS,
+    "tangent": oracle.TANGENT_UNITS,
+}
 
 
 def check_kernel(
@@ -15,37 +22,44 @@ def check_kernel(
     way: str,
     *,
     backend: str = "triton",
-    by_results: bool = False,
+    tensors: Tensors | None = None,
+    units: float | None = None,
 ) -> None:
-    """Values (``way="value"``) or gradients (``"gradient"``) within the library's tolerance rule.
+    """Values (``way="value"``), gradients (``"gradient"``) or derivatives along a direction
+    (``"tangent"``) within the library's tolerance rule.
 
-    ``by_results``: gradients are measured by their own size, not by that of the tensors.
+    ``tensors``: inputs other than the case's own. ``units``: of a narrower band.
     """
     args = case.build(dtype)
+    tensors = args.tensors if tensors is None else tensors
+    names = case.differentiable
     kernel = oracle.function(args, spec.op, backend)
     reference = oracle.function(args, spec.reference)
-    shapes = [t.shape for t in oracle.values(reference, args.tensors)]
+    eager = oracle.values(reference, tensors)
     generator = torch.Generator().manual_seed(1)
-    cotangents = [torch.randn(s, generator=generator) for s in shapes]
-    value = way == "value"
+    cotangents = oracle.directions(eager, generator)
+    moves = oracle.directions([tensors[n] for n in names], generator)
 
-    def compute(fn, tensors):
-        results = oracle.values(fn, tensors)
-        if value:
-            return results
-        own = [c.to(r.dtype) for c, r in zip(cotangents, results, strict=True)]
-        return oracle.gradients(fn, tensors, case.differentiable, own)
+    def compute(fn, at, *, double=False):
+        along = [t.double() if double else t for t in (moves if way == "tangent" else cotangents)]
+        if way == "value":
+            return oracle.values(fn, at)
+        if way == "gradient":
+            return oracle.gradients(fn, at, names, along)
+        results, found = oracle.tangents(fn, at, names, along)
+        # -inf (nothing allowed) does not move.
+        return [torch.where(r == -torch.inf, 0.0, t) for r, t in zip(results, found, strict=True)]
 
-    found = compute(kernel, args.tensors)
-    exact = compute(reference, oracle.widen(args.tensors))
-    terms = exact if by_results and not value else args.tensors.values()
+    found = compute(kernel, tensors)
+    exact = compute(reference, oracle.widen(tensors), double=True)
+    terms = {"value": tensors.values(), "gradient": exact, "tangent": moves}[way]
     problems = oracle.compare_all(
         found,
         exact,
-        compute(reference, args.tensors),
-        units=oracle.VALUE_UNITS if value else oracle.GRADIENT_UNITS,
+        eager if way == "value" else compute(reference, tensors),
+        units=WAYS[way] if units is None else units,
         terms=oracle.magnitude(*terms),
-        names=[str(i) for i in range(len(found))],
-        dtype=None if value else dtype,
+        names=[f"{way} {i}" for i in range(len(found))],
+        dtype=None if way == "value" else dtype,
     )
-    assert not problems, problems
+    assert not problems, "\n".join(problems)

@@ -6,6 +6,7 @@ before importing Triton: ``TRITON_INTERPRET=1 pytest tests/ops/test_triton_adain
 
 import pytest
 import torch
+from kernel_cases import check_kernel
 
 from transfuse.ops import adain
 from transfuse.ops._adain_reference import adain_reference
@@ -29,49 +30,10 @@ else:
     HALF = ["plain", "shared style", "batch statistics", "channels last", "tokens"]
 
     def _check(case, dtype, tensors=None):
-        args = case.build(dtype)
-        tensors = args.tensors if tensors is None else tensors
-        names = case.differentiable
-        kernel = oracle.function(args, SPEC.op, "triton")
-        reference = oracle.function(args, SPEC.reference)
-        wide = oracle.widen(tensors)
-        generator = torch.Generator().manual_seed(0)
-        outputs = oracle.values(reference, tensors)
-        cotangents = oracle.directions(outputs, generator)
-        moves = oracle.directions([tensors[n] for n in names], generator)
-        widened = [[t.double() for t in part] for part in (cotangents, moves)]
-        problems = []
-        for units, results, truth, eager in (
-            (
-                oracle.VALUE_UNITS,
-                oracle.values(kernel, tensors),
-                oracle.values(reference, wide),
-                outputs,
-            ),
-            (
-                oracle.GRADIENT_UNITS,
-                oracle.gradients(kernel, tensors, names, cotangents),
-                oracle.gradients(reference, wide, names, widened[0]),
-                oracle.gradients(reference, tensors, names, cotangents),
-            ),
-            (
-                oracle.GRADIENT_UNITS,
-                oracle.tangents(kernel, tensors, names, moves)[1],
-                oracle.tangents(reference, wide, names, widened[1])[1],
-                oracle.tangents(reference, tensors, names, moves)[1],
-            ),
-        ):
-            value = units == oracle.VALUE_UNITS
-            problems += oracle.compare_all(
-                results,
-                truth,
-                eager,
-                units=units,
-                terms=oracle.magnitude(*(tensors.values() if value else truth)),
-                names=[f"{units} units, {i}" for i in range(len(results))],
-                dtype=None if value else dtype,
-            )
-        assert not problems, "\n".join(problems)
+        check_kernel(SPEC, case, dtype, "value", tensors=tensors)
+        for way in ("gradient", "tangent"):
+            units = oracle.GRADIENT_UNITS
+            check_kernel(SPEC, case, dtype, way, tensors=tensors, units=units)
 
     @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "_"))
     def test_value_gradient_and_tangent(case):

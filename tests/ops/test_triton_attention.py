@@ -1,17 +1,17 @@
 """The Triton attention kernels under Triton's interpreter, against float64 dense oracles.
 
 The interpreter must be chosen before Triton is imported and would affect every other test of the
-process, so this file has two faces. Collected normally, its one test runs this same file in a
-child process with ``TRITON_INTERPRET=1``; in that child the tests below are defined. To run one of
-them: ``TRITON_INTERPRET=1 pytest tests/ops/test_triton_attention.py -k name``.
+process, so this file has two faces. Collected normally, its one test runs this same file (and that
+of the fused op) in a child process with ``TRITON_INTERPRET=1``; in that child the tests below are
+defined. To run one of them:
+``TRITON_INTERPRET=1 pytest tests/ops/test_triton_attention.py -k name``.
 
 Block sizes are set to 16 x 16 so that small shapes cross many block boundaries. bfloat16 is left
 out: the interpreter multiplies it wrongly.
 """
 
 import math
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,371 +23,43 @@ pytest.importorskip("triton")
 if not INTERPRETED:
 
     def test_kernels_under_the_interpreter():
-        child = run_under_interpreter(__file__)
+        fused = Path(__file__).with_name("test_triton_fused_attention.py")
+        child = run_under_interpreter(__file__, fused)
         assert child.passed > 50
         assert "skipped" not in child.output
 
-    def test_compile_check_compiles_without_a_gpu():
-        command = [sys.executable, "-m", "transfuse.triton_kernels.compile_check", "--jobs", "1"]
-        child = subprocess.run(
-            [*command, "--only", "forward bf16 D=64 sm_90"], capture_output=True, text=True
-        )
-        assert child.returncode == 0, child.stdout + child.stderr
-        assert "1 kernels, 0 failed" in child.stdout
-        child = subprocess.run([*command, "--only", "sideways"], capture_output=True, text=True)
-        assert child.returncode == 2
-
-    def test_compile_check_fails_on_spills_and_on_too_much_shared_memory():
-        from transfuse.triton_kernels import compile_check
-
-        assert compile_check.verdict(80, 163 * 1024, 0, hot=True) == ""
-        assert compile_check.verdict(80, 1024, 8, hot=False) == ""
-        assert "spills 8" in compile_check.verdict(80, 1024, 8, hot=True)
-        assert "shared memory" in compile_check.verdict(80, 163 * 1024 + 1, 0, hot=False)
-        assert compile_check.verdict(90, 163 * 1024 + 1, 0, hot=False) == ""
-        # A launch that cannot be compiled is reported, not raised: 3 is no power of two.
-        case = compile_check.cases()[0]
-        launch = case.plan()[0]
-        broken = launch._replace(arguments={**launch.arguments, "BLOCK_M": 3})
-        error = compile_check.check_launch(case._replace(plan=lambda: [broken]), 0, 90).error
-        assert error
-
-    def test_importing_the_package_does_not_import_triton():
-        code = (
-            "import sys, transfuse.triton_kernels; "
-            "sys.exit(any(name.split('.')[0] == 'triton' for name in sys.modules))"
-        )
-        child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert child.returncode == 0, child.stderr
-
-    def test_missing_triton_names_the_extra():
-        code = (
-            "import sys; sys.modules['triton'] = None\n"
-            "try:\n    from transfuse.triton_kernels import attention\n"
-            "except ImportError as error:\n    sys.exit('transfuse[triton]' not in str(error))\n"
-            "sys.exit(2)"
-        )
-        child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert child.returncode == 0, child.stderr
-
 else:
-    from dataclasses import dataclass, field
+    from triton_attention import (
+        DTYPES,
+        SMALL_BLOCKS,
+        Problem,
+        by_call,
+        causal_lower_long,
+        causal_upper,
+        check,
+        check_all,
+        column_major,
+        flat,
+        framed,
+        key_bias,
+        masked_rows,
+        mixture,
+        names_of,
+        normal,
+        packed,
+        plain,
+        single_token,
+        split,
+        tangents_like,
+    )
 
     from transfuse.ops import KV, attend
     from transfuse.triton_kernels import _attention_plan, attention
-
-    SMALL_BLOCKS = ";".join(
-        f"{direction}:{bucket}=16,16,1,1"
-        for direction in _attention_plan.TABLE
-        for bucket in (16, 32, 64, 128, 256)
-    )
 
     @pytest.fixture(autouse=True)
     def _small_blocks(monkeypatch):
         monkeypatch.setenv("TRANSFUSE_TRITON_CONFIG", SMALL_BLOCKS)
         torch.manual_seed(0)
-
-    def framed(tensor):
-        """The same values inside a larger buffer of NaN, so that a stray read shows."""
-        if tensor is None or not tensor.is_floating_point():
-            return tensor
-        buffer = torch.full([size + 3 for size in tensor.shape], math.nan, dtype=tensor.dtype)
-        view = buffer[tuple(slice(1, 1 + size) for size in tensor.shape)]
-        return view.copy_(tensor)
-
-    def packed(tensor):
-        """The same values with heads and rows exchanged in memory, as projections leave them."""
-        return tensor.transpose(1, 2).contiguous().transpose(1, 2)
-
-    def column_major(tensor):
-        return tensor.transpose(2, 3).contiguous().transpose(2, 3)
-
-    @dataclass
-    class Problem:
-        """Arguments of the core; ``biases`` are unexpanded and expanded on the way in."""
-
-        query: torch.Tensor
-        keys: list
-        values: list
-        biases: list = field(default_factory=list)
-        masks: list = field(default_factory=list)
-        indices: list = field(default_factory=list)
-        scales: list = field(default_factory=list)
-        causal: list = field(default_factory=list)
-
-        def __post_init__(self):
-            count = len(self.keys)
-            for name, default in (
-                ("biases", None),
-                ("masks", None),
-                ("indices", None),
-                ("scales", self.query.shape[-1] ** -0.5),
-                ("causal", 0),
-            ):
-                if not getattr(self, name):
-                    setattr(self, name, [default] * count)
-
-        def expand(self, tensors):
-            batches, heads, rows, _ = self.query.shape
-            return [
-                None if t is None else t.expand(batches, heads, rows, key.shape[2])
-                for t, key in zip(tensors, self.keys, strict=True)
-            ]
-
-        def arguments(self):
-            return (
-                self.query,
-                self.keys,
-                self.values,
-                self.expand(self.biases),
-                self.expand(self.masks),
-                self.indices,
-                self.scales,
-                self.causal,
-            )
-
-        def tensors(self):
-            return [
-                self.query,
-                *self.keys,
-                *self.values,
-                *(b for b in self.biases if b is not None),
-            ]
-
-        def dense(self, dtype):
-            """(function of tensors() computing (out, lse) densely, tensors() in ``dtype``)."""
-            count = len(self.keys)
-
-            def function(query, *rest):
-                keys, values = rest[:count], rest[count : 2 * count]
-                given = iter(rest[2 * count :])
-                biases = [None if b is None else next(given) for b in self.biases]
-                return dense_attention(self, query, keys, values, biases)
-
-            return function, [t.detach().to(dtype).contiguous() for t in self.tensors()]
-
-    def dense_logits(problem, query, keys, biases):
-        batches, heads, rows, _ = query.shape
-        logits = []
-        for s, key in enumerate(keys):
-            if problem.indices[s] is not None:
-                key = key[problem.indices[s]]
-            key = key.expand(batches, -1, -1, -1).repeat_interleave(heads // key.shape[1], 1)
-            score = problem.scales[s] * (query @ key.transpose(-1, -2))
-            if biases[s] is not None:
-                score = score + biases[s]
-            if problem.masks[s] is not None:
-                score = score.masked_fill(~problem.masks[s], -math.inf)
-            count = key.shape[2]
-            if problem.causal[s]:
-                shift = 0 if problem.causal[s] == 1 else count - rows
-                allowed = torch.ones(rows, count, dtype=torch.bool).tril(shift)
-                score = score.masked_fill(~allowed, -math.inf)
-            logits.append(score)
-        return torch.cat(logits, -1)
-
-    def dense_attention(problem, query, keys, values, biases):
-        batches, heads = query.shape[:2]
-        logits = dense_logits(problem, query, keys, biases)
-        spread = []
-        for s, value in enumerate(values):
-            if problem.indices[s] is not None:
-                value = value[problem.indices[s]]
-            spread.append(
-                value.expand(batches, -1, -1, -1).repeat_interleave(heads // value.shape[1], 1)
-            )
-        alive = (logits > -math.inf).any(-1)
-        safe = torch.where(alive[..., None], logits, 0.0)
-        out = torch.softmax(safe, -1) @ torch.cat(spread, -2)
-        lse = torch.logsumexp(safe, -1) if safe.shape[-1] else safe.sum(-1)
-        return torch.where(alive[..., None], out, 0.0), torch.where(alive, lse, -math.inf)
-
-    def check(name, actual, oracle, eager, dtype, factor=4):
-        """Pass if error <= 2 * (error of eager torch in this dtype) + factor eps max|oracle|."""
-        assert actual.shape == oracle.shape, name
-        assert not torch.isnan(actual).any(), name
-        infinite = torch.isinf(oracle)
-        assert torch.equal(torch.isinf(actual), infinite), name
-        if infinite.all():
-            return
-        difference = (actual.double() - oracle)[~infinite].abs().max()
-        allowed = 2 * (eager.double() - oracle)[~infinite].abs().max()
-        allowed = allowed + factor * torch.finfo(dtype).eps * oracle[~infinite].abs().max()
-        assert difference <= allowed, f"{name}: {difference:.3e} > {allowed:.3e}"
-
-    def check_all(names, actual, oracle, eager, dtype, factor=4):
-        assert len(names) == len(actual) == len(oracle) == len(eager)
-        for each in zip(names, actual, oracle, eager, strict=True):
-            check(*each, dtype, factor)
-
-    def names_of(problem):
-        count = len(problem.keys)
-        return (
-            ["dq"]
-            + [f"dk{s}" for s in range(count)]
-            + [f"dv{s}" for s in range(count)]
-            + [f"dbias{s}" for s in range(count) if problem.biases[s] is not None]
-        )
-
-    def flat(gradients):
-        query, keys, values, biases = gradients
-        return [query, *keys, *values, *biases]
-
-    def normal(*shape, dtype=torch.float32):
-        return torch.randn(*shape).to(dtype)
-
-    def bools(*shape):
-        return torch.rand(*shape) > 0.4
-
-    # Problems. Each is a function of the dtype.
-
-    def plain(dtype):
-        return Problem(
-            normal(2, 2, 17, 24, dtype=dtype),
-            [normal(2, 2, 35, 24, dtype=dtype)],
-            [normal(2, 2, 35, 40, dtype=dtype)],
-        )
-
-    def even(dtype):
-        return Problem(
-            normal(1, 2, 32, 16, dtype=dtype),
-            [normal(1, 2, 48, 16, dtype=dtype)],
-            [normal(1, 2, 48, 16, dtype=dtype)],
-        )
-
-    def causal_upper(dtype):
-        return Problem(
-            normal(1, 2, 37, 8, dtype=dtype),
-            [normal(1, 1, 50, 8, dtype=dtype)],
-            [normal(1, 1, 50, 8, dtype=dtype)],
-            causal=[1],
-        )
-
-    def causal_lower_short(dtype):
-        # More queries than keys: the first rows see nothing.
-        return Problem(
-            normal(1, 2, 50, 8, dtype=dtype),
-            [normal(1, 2, 21, 8, dtype=dtype)],
-            [normal(1, 2, 21, 8, dtype=dtype)],
-            causal=[2],
-        )
-
-    def causal_lower_long(dtype):
-        return Problem(
-            normal(1, 2, 20, 8, dtype=dtype),
-            [normal(1, 2, 53, 8, dtype=dtype)],
-            [normal(1, 2, 53, 8, dtype=dtype)],
-            masks=[bools(1, 2, 20, 53)],
-            causal=[2],
-        )
-
-    def mixture(dtype):
-        """Every feature at once: grouped heads, maps, biases, masks, causal, an empty source."""
-        return Problem(
-            framed(normal(2, 2, 18, 20, dtype=dtype)),
-            [
-                framed(normal(2, 1, 33, 20, dtype=dtype)),
-                normal(1, 2, 5, 20, dtype=dtype),
-                normal(3, 1, 0, 20, dtype=dtype),
-                packed(normal(4, 1, 18, 20, dtype=dtype)),
-            ],
-            [
-                column_major(normal(2, 1, 33, 12, dtype=dtype)),
-                framed(normal(1, 2, 5, 12, dtype=dtype)),
-                normal(3, 1, 0, 12, dtype=dtype),
-                normal(4, 1, 18, 12, dtype=dtype),
-            ],
-            biases=[
-                framed(normal(2, 1, 18, 33, dtype=dtype)),
-                normal(1, 2, 1, 5, dtype=dtype),
-                None,
-                normal(1, 1, 18, 1, dtype=dtype),
-            ],
-            masks=[bools(2, 1, 1, 33), None, None, bools(1, 2, 18, 18)],
-            indices=[None, None, torch.tensor([2, 1]), torch.tensor([3, 3])],
-            scales=[0.3, -0.2, 0.1, 0.25],
-            causal=[1, 0, 0, 2],
-        )
-
-    def masked_rows(dtype):
-        mask = bools(2, 2, 34, 40)
-        mask[0, 0, 5] = False
-        mask[:, :, 16:32] = False
-        mask[1, 1] = False
-        bias = normal(2, 1, 34, 40, dtype=dtype)
-        bias[:, :, 3] = -math.inf
-        bias[:, :, :, 7:20] = -math.inf
-        return Problem(
-            normal(2, 2, 34, 8, dtype=dtype),
-            [normal(2, 2, 40, 8, dtype=dtype)],
-            [normal(2, 2, 40, 8, dtype=dtype)],
-            biases=[bias],
-            masks=[mask],
-        )
-
-    def key_bias(dtype):
-        return Problem(
-            normal(2, 1, 20, 8, dtype=dtype),
-            [normal(2, 1, 19, 8, dtype=dtype), normal(1, 1, 17, 8, dtype=dtype)],
-            [normal(2, 1, 19, 8, dtype=dtype), normal(1, 1, 17, 8, dtype=dtype)],
-            biases=[normal(1, 1, 1, 19, dtype=dtype), normal(2, 1, 1, 1, dtype=dtype)],
-        )
-
-    def single_token(dtype):
-        return Problem(
-            normal(2, 3, 1, 1, dtype=dtype),
-            [normal(2, 3, 2, 1, dtype=dtype)],
-            [normal(2, 3, 2, 1, dtype=dtype)],
-            biases=[normal(2, 3, 1, 2, dtype=dtype)],
-        )
-
-    def many_sources(dtype):
-        lengths = [3, 17, 1, 5, 0, 2, 16, 4, 9, 1, 20]
-        return Problem(
-            normal(1, 2, 18, 8, dtype=dtype),
-            [normal(1, 1, m, 8, dtype=dtype) for m in lengths],
-            [normal(1, 1, m, 8, dtype=dtype) for m in lengths],
-            scales=[0.1 * (s + 1) for s in range(len(lengths))],
-        )
-
-    def wide_heads(dtype):
-        return Problem(
-            normal(1, 1, 17, 160, dtype=dtype),
-            [normal(1, 1, 18, 160, dtype=dtype)],
-            [normal(1, 1, 18, 256, dtype=dtype)],
-        )
-
-    PROBLEMS = [
-        plain,
-        even,
-        causal_upper,
-        causal_lower_short,
-        causal_lower_long,
-        mixture,
-        masked_rows,
-        key_bias,
-        single_token,
-        many_sources,
-        wide_heads,
-    ]
-    DTYPES = [torch.float32, torch.float16]
-    CALLS = [(make, torch.float32) for make in PROBLEMS]
-    CALLS += [(plain, torch.float16)]
-    by_call = pytest.mark.parametrize(
-        ("make", "dtype"), CALLS, ids=[f"{make.__name__}-{dtype}" for make, dtype in CALLS]
-    )
-    by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-    def tangents_like(problem):
-        """Random tangents of all tensors, finite where a bias is -inf."""
-        return [torch.randn(t.shape).to(t.dtype) for t in problem.tensors()]
-
-    def split(problem, tensors):
-        """tensors() order to (query, keys, values, expanded biases)."""
-        count = len(problem.keys)
-        given = iter(tensors[1 + 2 * count :])
-        biases = [None if b is None else next(given) for b in problem.biases]
-        return tensors[0], tensors[1 : 1 + count], tensors[1 + count : 1 + 2 * count], biases
 
     @by_call
     def test_forward(make, dtype):
@@ -650,80 +322,6 @@ else:
         gradients, results = jvp_backward_pair(problem, dtype)
         check_all(names_of(problem), gradients, *results, dtype, 8)
 
-    # The fused op.
-
-    def mix(x, other, weight, index):
-        if other is None or weight is None:
-            return x
-        other = other if index is None else other[index]
-        if isinstance(weight, torch.Tensor):
-            weight = weight[..., None].to(x.dtype)
-        else:
-            weight = torch.tensor(weight, dtype=x.dtype)
-        mixed = (1 - weight) * x + weight * other
-        return torch.where(weight == 0, x, torch.where(weight == 1, other, mixed))
-
-    def dense_fused(precision, problem, query_blend, key_blends, groups, gates):
-        def cast(t):
-            return t.to(precision) if isinstance(t, torch.Tensor) and t.is_floating_point() else t
-
-        query = mix(cast(problem.query), *(cast(t) for t in query_blend))
-        keys = [
-            mix(cast(key), *(cast(t) for t in blend))
-            for key, blend in zip(problem.keys, key_blends, strict=True)
-        ]
-        total = 0.0
-        for g, gate in enumerate(gates):
-            members = [s for s, group in enumerate(groups) if group == g]
-
-            def pick(items, members=members):
-                return [items[s] for s in members]
-
-            part = Problem(
-                query,
-                pick(keys),
-                [cast(t) for t in pick(problem.values)],
-                [cast(t) for t in pick(problem.biases)],
-                pick(problem.masks),
-                pick(problem.indices),
-                pick(problem.scales),
-                pick(problem.causal),
-            )
-            out, lse = dense_attention(part, query, part.keys, part.values, part.biases)
-            if isinstance(gate, torch.Tensor):
-                gate = cast(gate)[..., None]
-            total = total + gate * out
-        return total, lse
-
-    def fused(problem, query_blend, key_blends, groups, gates):
-        query, keys, values, *rest = problem.arguments()
-        return attention.attention_fused(
-            query, *query_blend, keys, values, *map(list, zip(*key_blends, strict=True)), *rest,
-            groups, gates,
-        )  # fmt: skip
-
-    def check_fused(problem, query_blend, key_blends, groups, gates):
-        dtype = problem.query.dtype
-        out, lse = fused(problem, query_blend, key_blends, groups, gates)
-        oracle, eager = (
-            dense_fused(precision, problem, query_blend, key_blends, groups, gates)
-            for precision in (torch.float64, dtype)
-        )
-        assert out.dtype == dtype
-        check("out", out, oracle[0], eager[0], dtype)
-        if len(gates) == 1:
-            check("lse", lse, oracle[1], eager[1], dtype)
-
-    NO_BLEND = (None, None, None)
-
-    @by_dtype
-    def test_fused_without_extras_is_forward(dtype):
-        problem = mixture(dtype)
-        out, lse = fused(problem, NO_BLEND, [NO_BLEND] * 4, [0] * 4, [1.0])
-        expected = attention.attention_forward(*problem.arguments())
-        assert torch.equal(out, expected[0])
-        assert torch.equal(lse, expected[1])
-
     def test_wide_offsets(monkeypatch):
         huge = torch.empty_strided((1, 1, 9, 8), (0, 0, 2**27, 1), device="meta")
         assert _attention_plan.is_wide(_attention_plan.operand(huge))
@@ -748,100 +346,6 @@ else:
             monkeypatch.setattr(target, lambda *records: True)
         for a, b in zip(everything(), narrow, strict=True):
             assert torch.equal(a, b)
-
-    @by_dtype
-    @pytest.mark.parametrize("groups", [[0, 0, 1, 1], [1, 0, 1, 0], [3, 2, 1, 0]], ids=str)
-    def test_fused_groups_and_gates(groups, dtype):
-        problem = mixture(dtype)
-        gates = [0.7, torch.rand(2, 1, 18).expand(2, 2, 18), 0.0, torch.rand(2, 1).expand(2, 2, 18)]
-        check_fused(problem, NO_BLEND, [NO_BLEND] * 4, groups, gates[: max(groups) + 1])
-
-    @pytest.mark.parametrize("gate", [0.0, 1.0, -0.5], ids=str)
-    def test_fused_one_gated_group(gate):
-        check_fused(plain(torch.float32), NO_BLEND, [NO_BLEND], [0], [gate])
-
-    def test_fused_all_groups_gated_off():
-        problem = key_bias(torch.float32)
-        out, _ = fused(problem, NO_BLEND, [NO_BLEND] * 2, [0, 1], [0.0, 0.0])
-        assert torch.equal(out, torch.zeros_like(out))
-
-    def test_fused_zero_gates_keep_nan_out():
-        problem = Problem(
-            normal(1, 2, 18, 8),
-            [normal(1, 2, 20, 8), torch.full((1, 2, 7, 8), math.nan)],
-            [normal(1, 2, 20, 8), torch.full((1, 2, 7, 8), math.nan)],
-        )
-        first = Problem(problem.query, problem.keys[:1], problem.values[:1])
-        expected, _ = attention.attention_forward(*first.arguments())
-        for gate in (0.0, torch.zeros(1, 1, 1).expand(1, 2, 18)):
-            out, _ = fused(problem, NO_BLEND, [NO_BLEND] * 2, [0, 1], [1.0, gate])
-            assert torch.equal(out, expected)
-
-    def test_fused_many_sources_in_groups():
-        problem = many_sources(torch.float32)
-        groups = [0, 1, 0, 1, 2, 0, 1, 0, 1, 0, 1]
-        gates = [0.3, torch.rand(1, 2, 18), 1.0]
-        check_fused(problem, NO_BLEND, [NO_BLEND] * 11, groups, gates)
-        # A group that ends exactly where a launch does.
-        check_fused(problem, NO_BLEND, [NO_BLEND] * 11, [0] * 8 + [1] * 3, [0.5, 2.0])
-
-    @pytest.mark.parametrize(
-        ("index", "weight", "dtype"),
-        [
-            (None, 0.0, torch.float32),
-            (None, 0.3, torch.float32),
-            (None, "tensor", torch.float16),
-            ([2, 0], 1.0, torch.float16),
-            ([2, 0], "tensor", torch.float32),
-        ],
-        ids=str,
-    )
-    def test_fused_query_blend(index, weight, dtype):
-        problem = mixture(dtype)
-        if weight == "tensor":
-            weight = torch.rand(2, 1, 18)
-            weight[0, :, 3:] = 0.0
-            weight[1, :, ::2] = 1.0
-            weight = weight.expand(2, 2, 18)
-        index = None if index is None else torch.tensor(index)
-        other = framed(normal(3 if index is not None else 1, 2, 18, 20, dtype=dtype))
-        check_fused(problem, (other, weight, index), [NO_BLEND] * 4, [0] * 4, [1.0])
-
-    @by_dtype
-    def test_fused_key_blend(dtype):
-        problem = mixture(dtype)
-        blends = [
-            (normal(1, 1, 33, 20, dtype=dtype), torch.rand(1, 33).expand(2, 1, 33), None),
-            (framed(normal(2, 2, 5, 20, dtype=dtype)), 0.25, torch.tensor([1])),
-            NO_BLEND,
-            (normal(4, 1, 18, 20, dtype=dtype), torch.rand(4, 1, 18), torch.tensor([3, 2, 1, 1])),
-        ]
-        check_fused(problem, NO_BLEND, blends, [0, 0, 0, 0], [1.0])
-        check_fused(problem, NO_BLEND, blends, [0, 1, 0, 1], [1.0, 0.5])
-
-    @pytest.mark.parametrize("tensor", [False, True])
-    @pytest.mark.parametrize("weight", [0.0, 1.0])
-    def test_fused_blend_ends_are_exact(weight, tensor):
-        # The side with weight 0 is NaN: it must not be mixed in, and the other is bit for bit.
-        problem = plain(torch.float32)
-        nothing = [torch.full_like(t, math.nan) for t in (problem.query, problem.keys[0])]
-        expected, _ = attention.attention_forward(*problem.arguments())
-        if weight == 0.0:
-            others = nothing
-        else:
-            others = [problem.query, problem.keys[0]]
-            problem = Problem(nothing[0], [nothing[1]], problem.values)
-        weights = [weight, weight]
-        if tensor:
-            weights = [torch.full(t.shape[:3], weight) for t in others]
-        out, _ = fused(
-            problem,
-            (others[0], weights[0], None),
-            [(others[1], weights[1], None)],
-            [0],
-            [1.0],
-        )
-        assert torch.equal(out, expected)
 
     def test_gradient_of_an_expanded_bias():
         query, key, value = normal(2, 2, 3, 8), normal(2, 1, 5, 8), normal(2, 1, 5, 4)

@@ -6,10 +6,10 @@ before importing Triton.
 
 import pytest
 import torch
+from kernel_cases import check_kernel
 
 import transfuse
 from transfuse import ops
-from transfuse.testing import oracle
 from transfuse.testing.children import INTERPRETED, run_under_interpreter
 from transfuse.testing.specs import find_spec
 
@@ -38,47 +38,18 @@ else:
     ]  # fmt: skip
     BOUNDS = [0, 3, 4, 26, 41]
 
-    def _check(spec, case, dtype, tensors=None):
-        args = case.build(dtype)
-        tensors = args.tensors if tensors is None else tensors
-        kernel = oracle.function(args, spec.op, "triton")
-        reference = oracle.function(args, spec.reference)
-        wide = oracle.widen(tensors)
-        problems = oracle.compare_all(
-            oracle.values(kernel, tensors),
-            oracle.values(reference, wide),
-            oracle.values(reference, tensors),
-            units=oracle.VALUE_UNITS,
-            terms=oracle.magnitude(*tensors.values()),
-            names=["result"],
-        )
-        shapes = [t.shape for t in oracle.values(reference, tensors)]
-        generator = torch.Generator().manual_seed(1)
-        cotangents = [torch.randn(s, generator=generator) for s in shapes]
-        double = [c.double() for c in cotangents]
-        found = oracle.gradients(kernel, tensors, case.differentiable, cotangents)
-        truth = oracle.gradients(reference, wide, case.differentiable, double)
-        problems += oracle.compare_all(
-            found,
-            truth,
-            oracle.gradients(reference, tensors, case.differentiable, cotangents),
-            units=oracle.GRADIENT_UNITS,
-            terms=oracle.magnitude(*truth),
-            names=case.differentiable,
-            dtype=dtype,
-        )
-        assert not problems, problems
-
     @pytest.mark.parametrize(("spec", "case"), CASES)
     def test_values_and_gradients(spec, case):
-        _check(spec, spec.case(case), torch.float32)
+        for way in ("value", "gradient"):
+            check_kernel(spec, spec.case(case), torch.float32, way)
 
     @pytest.mark.parametrize(
         ("name", "dtype"),
         [("head_hessian_diagonal", torch.float16), ("head_hessian_product", torch.bfloat16)],
     )
     def test_half_precision(name, dtype):
-        _check(find_spec(name), find_spec(name).case("domains"), dtype)
+        for way in ("value", "gradient"):
+            check_kernel(find_spec(name), find_spec(name).case("domains"), dtype, way)
 
     def _batch(classes, columns=35, samples=41):
         generator = torch.Generator().manual_seed(classes)

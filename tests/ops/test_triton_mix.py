@@ -6,6 +6,7 @@ before importing Triton: ``TRITON_INTERPRET=1 pytest tests/ops/test_triton_mix.p
 
 import pytest
 import torch
+from kernel_cases import WAYS, check_kernel
 
 from transfuse.testing import inputs, oracle
 from transfuse.testing.children import INTERPRETED, run_under_interpreter
@@ -46,67 +47,25 @@ else:
         )
     ]
 
-    def _check(spec, case, dtype, tensors=None):
-        args = case.build(dtype)
-        tensors = args.tensors if tensors is None else tensors
-        names = case.differentiable
-        kernel = oracle.function(args, spec.op, "triton")
-        reference = oracle.function(args, spec.reference)
-        wide = oracle.widen(tensors)
-        generator = torch.Generator().manual_seed(0)
-        outputs = oracle.values(reference, tensors)
-        cotangents = oracle.directions(outputs, generator)
-        moves = oracle.directions([tensors[n] for n in names], generator)
-        widened = [[t.double() for t in part] for part in (cotangents, moves)]
-        problems = []
-        for units, results, truth, eager in (
-            (
-                oracle.VALUE_UNITS,
-                oracle.values(kernel, tensors),
-                oracle.values(reference, wide),
-                outputs,
-            ),
-            (
-                oracle.GRADIENT_UNITS,
-                oracle.gradients(kernel, tensors, names, cotangents),
-                oracle.gradients(reference, wide, names, widened[0]),
-                oracle.gradients(reference, tensors, names, cotangents),
-            ),
-            (
-                oracle.TANGENT_UNITS,
-                oracle.tangents(kernel, tensors, names, moves)[1],
-                oracle.tangents(reference, wide, names, widened[1])[1],
-                oracle.tangents(reference, tensors, names, moves)[1],
-            ),
-        ):
-            value = units == oracle.VALUE_UNITS
-            terms = (*tensors.values(), *moves) if units != oracle.GRADIENT_UNITS else truth
-            problems += oracle.compare_all(
-                results,
-                truth,
-                eager,
-                units=units,
-                terms=oracle.magnitude(*terms),
-                names=[f"{units} units, {i}" for i in range(len(results))],
-                dtype=None if value else dtype,
-            )
-        assert not problems, "\n".join(problems)
-
     @pytest.mark.parametrize(("spec", "case"), CASES)
     def test_value_gradient_and_tangent(spec, case):
-        _check(spec, case, torch.float32)
+        for way in WAYS:
+            check_kernel(spec, case, torch.float32, way)
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
     @pytest.mark.parametrize(("spec", "case"), SOME)
     def test_half_precision(spec, case, dtype):
-        _check(spec, case, dtype)
+        for way in WAYS:
+            check_kernel(spec, case, dtype, way)
 
     # torch itself refuses forward mode at an expanded tensor.
     @pytest.mark.parametrize("kind", [k for k in inputs.STRIDES if k != "expanded"])
     @pytest.mark.parametrize(("spec", "case"), SOME)
     def test_strides(spec, case, kind):
         tensors = case.build(torch.float32).tensors
-        _check(spec, case, torch.float32, {k: inputs.strided(t, kind) for k, t in tensors.items()})
+        tensors = {k: inputs.strided(t, kind) for k, t in tensors.items()}
+        for way in WAYS:
+            check_kernel(spec, case, torch.float32, way, tensors=tensors)
 
     @pytest.mark.parametrize(("spec", "case"), SOME)
     def test_second_derivatives(spec, case):

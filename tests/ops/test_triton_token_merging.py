@@ -7,9 +7,10 @@ them. The interpreter computes ``tl.dot`` of bfloat16 wrongly, so the search has
 
 import pytest
 import torch
+from kernel_cases import WAYS, check_kernel
 
 from transfuse.ops import match_tokens, merge_tokens, nearest_tokens, unmerge_tokens
-from transfuse.testing import inputs, oracle
+from transfuse.testing import inputs
 from transfuse.testing.children import INTERPRETED, run_under_interpreter
 from transfuse.testing.specs import find_spec
 
@@ -35,57 +36,8 @@ else:
         return f"{entry[0].name}-{entry[1].name}".replace(" ", "_")
 
     def _check(spec, case, dtype, tensors=None):
-        args = case.build(dtype)
-        tensors = args.tensors if tensors is None else tensors
-        names = case.differentiable
-        kernel = oracle.function(args, spec.op, "triton")
-        reference = oracle.function(args, spec.reference)
-        wide = oracle.widen(tensors)
-        generator = torch.Generator().manual_seed(0)
-        outputs = oracle.values(reference, tensors)
-        cotangents = oracle.directions(outputs, generator)
-        moves = oracle.directions([tensors[n] for n in names], generator)
-        widened = [[t.double() for t in part] for part in (cotangents, moves)]
-
-        def tangents(fn, at, along):
-            results, found = oracle.tangents(fn, at, names, along)
-            # -inf (nothing allowed) does not move.
-            return [
-                torch.where(r == -torch.inf, 0.0, t) for r, t in zip(results, found, strict=True)
-            ]
-
-        problems = []
-        for units, results, truth, eager in (
-            (
-                oracle.VALUE_UNITS,
-                oracle.values(kernel, tensors),
-                oracle.values(reference, wide),
-                outputs,
-            ),
-            (
-                oracle.GRADIENT_UNITS,
-                oracle.gradients(kernel, tensors, names, cotangents),
-                oracle.gradients(reference, wide, names, widened[0]),
-                oracle.gradients(reference, tensors, names, cotangents),
-            ),
-            (
-                oracle.TANGENT_UNITS,
-                tangents(kernel, tensors, moves),
-                tangents(reference, wide, widened[1]),
-                tangents(reference, tensors, moves),
-            ),
-        ):
-            value = units == oracle.VALUE_UNITS
-            problems += oracle.compare_all(
-                results,
-                truth,
-                eager,
-                units=units,
-                terms=oracle.magnitude(*(tensors.values() if value else (*truth, *moves))),
-                names=[f"{units} units, {i}" for i in range(len(results))],
-                dtype=None if value else dtype,
-            )
-        assert not problems, "\n".join(problems)
+        for way in WAYS:
+            check_kernel(spec, case, dtype, way, tensors=tensors)
 
     @pytest.mark.parametrize("entry", CASES, ids=_identity)
     def test_value_gradient_and_tangent(entry):

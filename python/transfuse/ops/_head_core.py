@@ -40,13 +40,8 @@ class Kernels(NamedTuple):
 
 def kernels(backend: str) -> Kernels:
     """The raw ops of a backend."""
-    if backend == "triton":
-        names = ("head_forward", "head_backward")
-        return Kernels(*(_triton_ops.kernel("head_curvature", name) for name in names))
-    ops = torch.ops.transfuse
-    if backend == _triton_ops.COMPILED:
-        return Kernels(ops.head_forward_triton, ops.head_backward_triton)
-    return Kernels(ops.head_forward, ops.head_backward)
+    names = ("head_forward", "head_backward")
+    return Kernels(*_triton_ops.raw_ops("head_curvature", backend, *names))
 
 
 def forward(static: Static, tensors: Tensors) -> tuple[Tensor, ...]:

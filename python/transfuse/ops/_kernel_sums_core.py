@@ -44,13 +44,8 @@ class Kernels(NamedTuple):
 
 def kernels(backend: str) -> Kernels:
     """The kernels of a backend."""
-    if backend == "triton":
-        names = ("kernel_sums", "kernel_sums_backward")
-        return Kernels(*(_triton_ops.kernel("kernel_sums", name) for name in names))
-    ops = torch.ops.transfuse
-    if backend == _triton_ops.COMPILED:
-        return Kernels(ops.kernel_sums_triton, ops.kernel_sums_backward_triton)
-    return Kernels(ops.kernel_sums, ops.kernel_sums_backward)
+    names = ("kernel_sums", "kernel_sums_backward")
+    return Kernels(*_triton_ops.raw_ops("kernel_sums", backend, *names))
 
 
 def sums(call: Call, backend: str | None) -> Tensor:

@@ -23,11 +23,11 @@ class ChildTests(NamedTuple):
     passed: int
 
 
-def run_under_interpreter(file: str) -> ChildTests:
-    """Run a test file again with ``TRITON_INTERPRET=1``; stops at its first failure.
+def run_under_interpreter(*files: str | Path) -> ChildTests:
+    """Run test files again with ``TRITON_INTERPRET=1``; stops at the first failure.
 
     Args:
-        file: The test file, which defines its tests only where :data:`INTERPRETED` is true.
+        files: Test files that define their tests only where :data:`INTERPRETED` is true.
 
     Raises:
         AssertionError: A test failed, or the run has no count of passed tests.
@@ -38,7 +38,7 @@ def run_under_interpreter(file: str) -> ChildTests:
         [
             *command,
             *("-q", "-x", "-p", "no:cacheprovider", "-p", "transfuse.testing.interpreter"),
-            str(Path(file).resolve()),
+            *(str(Path(file).resolve()) for file in files),
         ],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -37,6 +37,7 @@ from transfuse.methods.saliency._capture import (
     to_maps,
     token_grid,
 )
+from transfuse.methods.saliency._layer_maps import LayerMaps
 from transfuse.methods.saliency._targets import Targets
 from transfuse.ops import finish_map, grad_weighted_map
 from transfuse.ops._saliency_call import METHODS, working_dtype
@@ -64,7 +65,7 @@ _INTENSITIES = (0.9, 1.0, 1.1)
     kind="saliency",
     ops=("grad_weighted_map", "finish_map"),
 )
-class GradCAM:
+class GradCAM(LayerMaps):
     """Where a network sees a class, from the gradients and activations of its layers.
 
     Args:
@@ -106,24 +107,14 @@ class GradCAM:
         backend: str | None = None,
     ) -> None:
         self._code = _checks.choice("method", method, METHODS)
-        self.model, self.layers = model, tuple(find_layers(model, layers))
-        self.method, self.reshape, self.backend = method, reshape, backend
+        super().__init__(model, find_layers(model, layers), reshape, backend)
+        self.method = method
         self.counterfactual, self.eigen_smooth, self.augment = counterfactual, eigen_smooth, augment
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.method!r}, layers={list(self.layers)})"
 
-    def raw(self, x: Tensor, targets: Targets = None) -> list[Tensor]:
-        """One map (B, *S) of each layer at its own size, before ReLU.
-
-        Args:
-            x: (B, ...), the batch.
-            targets: Classes: None (the most likely), an integer, or one for each sample; or a
-                function of the model's output that gives the score, a number or one per sample.
-
-        Raises:
-            TypeError, ValueError: What cannot be explained; the message says why.
-        """
+    def _raw(self, x: Tensor, targets: Targets) -> list[Tensor]:
         captured = capture(self.model, x, self.layers, targets)
         maps = []
         for act, grad in to_maps(captured, self.layers, self.reshape):
@@ -134,28 +125,13 @@ class GradCAM:
                 maps.append(grad_weighted_map(act, grad, method=self.method, backend=self.backend))
         return maps
 
-    def __call__(
+    def _together(
         self,
         x: Tensor,
-        targets: Targets = None,
-        *,
-        normalize: str | None = "minmax",
-        size: str | int | Sequence[int] | None = "input",
+        targets: Targets,
+        normalize: str | None,
+        size: str | int | Sequence[int] | None,
     ) -> Tensor:
-        """The finished map.
-
-        Args:
-            x: (B, ...), the batch.
-            targets: As of :meth:`raw`.
-            normalize: ``"minmax"``, ``"max"`` or None, see ``transfuse.ops.finish_map``.
-            size: ``"input"`` (that of x), None (that of the layer), or integers.
-
-        Returns:
-            (B, *size) on the device of x, float32 (float64 for float64).
-
-        Raises:
-            TypeError, ValueError: What cannot be explained; the message says why.
-        """
         if not self.augment:
             return self._finished(x, targets, normalize, size)
         if targets is None:

@@ -41,6 +41,7 @@ from transfuse.methods.saliency._capture import (
     to_maps,
     token_grid,
 )
+from transfuse.methods.saliency._layer_maps import LayerMaps
 from transfuse.methods.saliency._targets import Targets, classes_of, logits_of
 from transfuse.ops import finish_map, normgrad_map
 from transfuse.ops._saliency_call import PHASES1, PHASES2
@@ -60,7 +61,7 @@ _CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
     kind="saliency",
     ops=("normgrad_map", "finish_map"),
 )
-class NormGrad:
+class NormGrad(LayerMaps):
     """How much each location would change a virtual identity layer.
 
     Args:
@@ -103,9 +104,8 @@ class NormGrad:
         _checks.choice("phase2", phase2, PHASES2)
         _checks.choice("combine", combine, {"product": 0, "mean": 1})
         found = find_layers(model, layers)
-        self.model, self.layers = model, tuple(found)
+        super().__init__(model, found, reshape, backend)
         self.phase1, self.phase2, self.combine = phase1, phase2, combine
-        self.reshape, self.backend = reshape, backend
         if isinstance(weights, str):
             _checks.choice("weights", weights, {"linear": 0})
             weights = [float(n) for n in range(1, len(found) + 1)]
@@ -122,17 +122,7 @@ class NormGrad:
             f"{type(self).__name__}({self.phase1!r}, {self.phase2!r}, layers={list(self.layers)})"
         )
 
-    def raw(self, x: Tensor, targets: Targets = None) -> list[Tensor]:
-        """One map (B, *S) of each layer at its own size, not scaled.
-
-        Args:
-            x: (B, ...), the batch.
-            targets: Classes: None (the most likely), an integer, or one for each sample; or a
-                function of the model's output that gives the score, a number or one per sample.
-
-        Raises:
-            TypeError, ValueError: What cannot be explained; the message says why.
-        """
+    def _raw(self, x: Tensor, targets: Targets) -> list[Tensor]:
         proper = self.phase1 == "conv"
         captured = capture(self.model, x, self.layers, targets, inputs=proper)
         pairs = to_maps(captured, self.layers, self.reshape)
@@ -153,28 +143,13 @@ class NormGrad:
             maps.append(found)
         return maps
 
-    def __call__(
+    def _together(
         self,
         x: Tensor,
-        targets: Targets = None,
-        *,
-        normalize: str | None = "minmax",
-        size: str | int | Sequence[int] | None = "input",
+        targets: Targets,
+        normalize: str | None,
+        size: str | int | Sequence[int] | None,
     ) -> Tensor:
-        """The finished map: enlarged, scaled, combined.
-
-        Args:
-            x: (B, ...), the batch.
-            targets: As of :meth:`raw`.
-            normalize: ``"minmax"``, ``"max"`` or None, see ``transfuse.ops.finish_map``.
-            size: ``"input"`` (that of x), None (that of the layer), or integers.
-
-        Returns:
-            (B, *size) on the device of x, float32 (float64 for float64).
-
-        Raises:
-            TypeError, ValueError: What cannot be explained; the message says why.
-        """
         raw = self.raw(x, targets)
         space = map_size(size, x, raw[0].dim() - 1)
         if len(raw) == 1:
