@@ -157,7 +157,7 @@ def _compare(old: Path, new: dict[str, object], fail_over: float) -> int:
     return EXIT_FAILED if worse else EXIT_OK
 
 
-def _selection(options: argparse.Namespace) -> list[tuple[str, Case, Target]]:
+def selection(options: argparse.Namespace) -> list[tuple[str, Case, Target]]:
     """What to run, in order.
 
     Raises:
@@ -174,11 +174,16 @@ def _selection(options: argparse.Namespace) -> list[tuple[str, Case, Target]]:
     for name in options.peers if options.peers is not None else []:
         if name not in all_peers():
             raise records.RecordError(f"unknown peer {name!r}: see --list")
+    device = torch.device(options.device).type
     chosen = [
         (op, case, target)
         for op, members in cases.items()
         for case in members
-        if (case.name in options.case if options.case else not case.hidden)
+        if (
+            case.name in options.case
+            if options.case
+            else not case.hidden and device in case.devices
+        )
         for target in select_targets(
             case,
             dtypes=tuple(options.dtype),
@@ -206,7 +211,7 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
             )
         print(report.list_table(load_cases(wanted), all_peers()))
         return EXIT_OK
-    chosen = _selection(options)
+    chosen = selection(options)
     for path in (options.json, options.plot):
         # Found out now rather than after the last case.
         if path is not None and not path.resolve().parent.is_dir():

@@ -23,6 +23,11 @@ SHAPES = {
     "b": (1, 10, 4096, 64),
     "c": (2, 20, 1024, 64),
     "v": (8, 12, 197, 64),
+    "64-4096": (2, 10, 4096, 64),
+    "64-16384": (2, 10, 16384, 64),
+    "128-4608": (1, 24, 4608, 128),
+    "128-16384": (1, 24, 16384, 128),
+    "80-4096": (2, 8, 4096, 80),
 }
 
 
@@ -84,7 +89,19 @@ def call_sdpa_math(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) 
 
 
 def call_ours(setup: Setup) -> Attention:
-    return lambda query, key, value: attend(query, KV(key, value), backend=setup.backend)
+    return call_backend(setup.backend)
+
+
+def call_backend(backend: str) -> Attention:
+    return lambda query, key, value: attend(query, KV(key, value), backend=backend)
+
+
+def other_kernels(setup: Setup) -> dict[str, Expression]:
+    """Our other kernels for the device, beside those that the run is about."""
+    if setup.device.type != "cuda":
+        return {}
+    others = (b for b in ("triton", "cuda") if b != setup.backend)
+    return {f"transfuse-{backend}": on_qkv(call_backend(backend)) for backend in others}
 
 
 def on_qkv(attention: Attention) -> Expression:

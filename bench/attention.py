@@ -1,9 +1,10 @@
 """Benchmarks of ``transfuse.ops.attend``: every shape and use the op was written for.
 
 Shapes are (B, H, N, D): a = SD1.5 at 64 x 64 latents, b and c = SDXL's two self-attention sizes,
-v = ViT-B/16. Each alternative is the shortest fast thing a torch user would write. Blends,
-concatenations and sums that replace part of ours are inside their timing; masks that a model
-would hold ready are prepared outside it on both sides.
+v = ViT-B/16; those named by head dim and tokens are for GPUs (SDXL's at 1024 and 2048 pixels,
+FLUX's, SD1.5's at 1024). Each alternative is the shortest fast thing a torch user would write.
+Blends, concatenations and sums that replace part of ours are inside their timing; masks that a
+model would hold ready are prepared outside it on both sides.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from ._attention_calls import (
     map_bytes,
     moved,
     on_qkv,
+    other_kernels,
     yardstick,
 )
 from ._attention_second import hvp_attention, hvp_vit
@@ -54,6 +56,7 @@ def _plain(shape: tuple[int, int, int, int]) -> Callable[[Setup], Workload]:
                 "xformers": call_xformers,
                 "flash-attn": call_flash_attn,
             },
+            variants=other_kernels(setup),
             yardstick=yardstick(setup),
             differentiable=("query", "key", "value"),
             heads=heads,
@@ -74,6 +77,8 @@ def _plain(shape: tuple[int, int, int, int]) -> Callable[[Setup], Workload]:
 
 SDPA = ("sdpa", "sdpa-compile")
 FLEX = ("flex", "flex-compile")
+# torch's CUDA kernels by name: it does not always choose the fastest.
+SDPA_KERNELS = ("sdpa-flash", "sdpa-cudnn", "sdpa-efficient")
 VENDORS = ("xformers", "flash-attn", "natten")
 DERIVATIVES = ("forward", "backward", "full")
 
@@ -123,6 +128,18 @@ CASES = (
         peers=(*SDPA, "explicit", "explicit-compile", *FLEX, *VENDORS),
         quick_peers=("sdpa", "explicit", *VENDORS),
         modes=DERIVATIVES,
+    ),
+    *(
+        Case(
+            name=f"plain-{name}",
+            title=f"self-attention, head dim and tokens {name}",
+            make=_plain(SHAPES[name]),
+            targets=(Target(dtype="bfloat16", bar=0.9),),
+            peers=(*SDPA, *SDPA_KERNELS, *FLEX, *VENDORS),
+            modes=DERIVATIVES,
+            devices=("cuda",),
+        )
+        for name in ("64-4096", "64-16384", "128-4608", "128-16384", "80-4096")
     ),
     Case(
         name="style-injection",

@@ -140,7 +140,8 @@ class Case:
     """A named benchmark case of one op.
 
     ``peers`` and ``quick_peers`` are names of ``transfuse.bench.peers``; the quick ones leave out
-    what takes long to compile. ``hidden`` cases run only when named.
+    what takes long to compile. ``hidden`` cases run only when named, and all do on a type of
+    device that is not one of ``devices``.
     """
 
     name: str
@@ -152,6 +153,7 @@ class Case:
     modes: tuple[str, ...] = ("forward",)
     hidden: bool = False
     memory: bool = False
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
 
 def load_cases(ops: tuple[str, ...] = OP_MODULES) -> dict[str, tuple[Case, ...]]:

@@ -51,8 +51,16 @@ TOOLS = ("memcheck", "racecheck")
 # of the time that a backend gets; what the first leaves over goes to the second.
 TIMED = {
     "cuda": (
-        ("token_merging", "diffusion", "adain", "multitensor", "head_curvature", "saliency"),
-        0.3,
+        (
+            "attention",
+            "token_merging",
+            "diffusion",
+            "adain",
+            "multitensor",
+            "head_curvature",
+            "saliency",
+        ),
+        0.4,
     ),
     "triton": (
         (
@@ -70,7 +78,7 @@ TIMED = {
             "row_codes",
             "saliency",
         ),
-        0.7,
+        0.6,
     ),
 }
 _OUTCOME = re.compile(r"^(\S+\.py::\S+) (PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS)", re.MULTILINE)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
 
-from ..cases import Expression, Unavailable
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..cases import Expression, Tensors, Unavailable
 from . import Peer
 
 
@@ -39,10 +42,32 @@ def compiled_parts(expression: Expression, device: torch.device, mode: str) -> E
     return expression
 
 
+def by_backend(backend: SDPBackend) -> Callable[[Expression, torch.device, str], Expression]:
+    """How to run an SDPA expression by one of torch's CUDA kernels, whichever it would choose."""
+
+    def prepare(expression: Expression, device: torch.device, mode: str) -> Expression:
+        if device.type != "cuda":
+            raise Unavailable(f"torch has {backend.name} for CUDA devices only")
+
+        def call(tensors: Tensors) -> torch.Tensor:
+            with sdpa_kernel(backend):
+                return expression(tensors)
+
+        return call
+
+    return prepare
+
+
 PEERS = (
     Peer(name="sdpa", kind="sdpa", title="torch SDPA, eager", prepare=as_written),
     Peer(name="sdpa-compile", kind="sdpa", title="torch.compile of the SDPA expression",
          prepare=compiled, compiles=True),
+    Peer(name="sdpa-flash", kind="sdpa", title="torch SDPA, its FlashAttention",
+         prepare=by_backend(SDPBackend.FLASH_ATTENTION)),
+    Peer(name="sdpa-cudnn", kind="sdpa", title="torch SDPA, cuDNN",
+         prepare=by_backend(SDPBackend.CUDNN_ATTENTION)),
+    Peer(name="sdpa-efficient", kind="sdpa", title="torch SDPA, memory-efficient attention",
+         prepare=by_backend(SDPBackend.EFFICIENT_ATTENTION)),
     Peer(name="sdpa-bias", kind="sdpa-bias", title="torch SDPA with a prepared additive mask",
          prepare=as_written),
     Peer(name="sdpa-math", kind="sdpa-math", title="torch SDPA, math backend", prepare=as_written),

@@ -248,6 +248,10 @@ struct Worker {
                                               panel_descriptor(v + k * kDeep * kPanelBytes, P::kKeyPanel));
     product_commit();
   }
+  __device__ void pin_weights() {
+#pragma unroll
+    for (int k = 0; k < kProducts; ++k) pin(weights[k]);
+  }
   // Workers start products in turn; all have the same number of tiles.
   __device__ void wait_for_turn() const { named_barrier_wait(kTurn + number, kWorkers * kWarpgroup); }
   __device__ void pass_turn() const { named_barrier_arrive(kTurn + (number + 1) % kWorkers, kWorkers * kWarpgroup); }
@@ -264,6 +268,7 @@ struct Worker {
     wait_for_turn();
     pin(logits);
     pin(sum);
+    if (!kFirst) pin_weights();
     product_fence();
     start_logits();
     if (!kFirst) start_values();
@@ -310,6 +315,7 @@ struct Worker {
   __device__ void end_group() {
     barrier_wait(&barriers->value[before.stage].full, before.parity);
     pin(sum);
+    pin_weights();
     product_fence();
     start_values();
     product_wait<0>();
@@ -395,10 +401,11 @@ struct Worker {
   }
 
   // Writes the rows of the worker. They pass through its part of the queries' memory, so that they leave in whole
-  // packs: everybody has read the queries by then.
+  // packs.
   __device__ void store(const float (&result)[kResults], const Unit& unit) {
     unsigned char* const own = query + number * kOwnRows * kPanelBytes;
     const int first = computed_here(row0);
+    named_barrier_wait(kOwn + number, kWarpgroup);  // all its warps are done with the queries
 #pragma unroll
     for (int i = 0; i < kResults; i += 2) {
       const int row = first + 8 * row_of(i), column = column0 + column_of(i);
@@ -418,8 +425,9 @@ struct Worker {
                     token * work.out.stride[2] + piece * 8;
       *reinterpret_cast<Pack<uint32_t>*>(to) = *reinterpret_cast<const Pack<uint32_t>*>(from);
     }
-    // The next queries are copied there.
+    // The next queries are copied there, when every thread of the warp is done.
     fence_async_proxy();
+    __syncwarp();
     release(&barriers->query.empty);
   }
 

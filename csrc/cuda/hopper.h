@@ -156,6 +156,11 @@ __device__ inline void pin(float (&x)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(x[i])::"memory");
 }
+template <int kCount>
+__device__ inline void pin(uint32_t (&x)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(x[i])::"memory");
+}
 
 // x, which the compiler takes for new: what depends on it is computed here, not kept in registers from before a loop.
 __device__ inline int computed_here(int x) {

@@ -10,7 +10,7 @@ import torch
 from bench_cases import CPU, find, row
 
 from transfuse.bench import allocator, inputs, machine, memory, records
-from transfuse.bench.__main__ import main
+from transfuse.bench.__main__ import run_parser, main, selection
 from transfuse.bench.cases import Setup, Unavailable, load_cases
 
 
@@ -147,6 +147,16 @@ class TestMain:
         # Against itself, generously: machines that run tests are busy.
         again = ["--baseline", str(path), "--fail-over", "1000"]
         assert main([*arguments[:-2], "--seconds", "0.05", *again]) == 0
+
+    @pytest.mark.parametrize("device", ["cpu", "cuda"])
+    def test_cases_run_on_their_devices_or_by_name(self, device):
+        def chosen(*arguments):
+            options = run_parser().parse_args(["attention", "--device", device, *arguments])
+            return [case.name for _, case, _ in selection(options)]
+
+        assert ("plain-64-4096" in chosen()) == (device == "cuda")
+        assert "plain-a" in chosen()
+        assert chosen("--case", "plain-64-4096") == ["plain-64-4096"]
 
     def test_every_op_has_a_tiny_case(self):
         for op, cases in load_cases().items():

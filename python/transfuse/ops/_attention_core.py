@@ -12,7 +12,7 @@ backward and a jvp_backward. Third derivatives raise.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -146,9 +146,11 @@ def _own_entries(bias: Tensor | None) -> Tensor | None:
 
 
 def raw(backend: str) -> Raw:
-    """The kernels of a backend."""
+    """The kernels of a backend. CUDA C++ has a forward pass, whose derivatives are Triton's."""
     if backend == "triton":
         return _triton()
+    if backend == "cuda":
+        return replace(_triton(), forward=_ops("").forward)
     return _ops("_triton" if backend == _triton_ops.COMPILED else "")
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from transfuse import _triton_ops
 from transfuse.ops._attention_core import (
     Calls,
     Static,
@@ -151,6 +152,8 @@ def _fake_fused(
 
 def _setup_forward(ctx, inputs, output, backend: str):
     query, keys, values, biases, bias_at, masks, indices, scales, causal, windows = inputs
+    if query.device.type == "cuda":
+        backend = _triton_ops.COMPILED  # the only kernels there that have a backward
     ctx.static = Static(tuple(scales), tuple(causal), backend, windows=tuple(windows))
     ctx.bias_at = bias_at
     ctx.unmoved = tuple(_nothing_for(given) for given in (masks, indices, windows))
@@ -207,7 +210,6 @@ def register() -> None:
     }
     for name, fake in fakes.items():
         torch.library.register_fake(f"transfuse::attention_{name}", fake)
-    # The kernel of a C++ op is chosen by the device, not by the name of a backend.
     attach("", ("backward", "jvp", "jvp_backward", "fused"), "cpu")
 
 

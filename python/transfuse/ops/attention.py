@@ -11,6 +11,7 @@ from torch import Tensor
 from transfuse import _backend, _native, _triton_ops
 from transfuse._autograd import needs_derivative
 from transfuse.ops import _attention_ops, _attention_triton_ops
+from transfuse.ops._attention_call import hopper_limit
 from transfuse.ops._attention_core import Static, compact, functions, raw
 from transfuse.ops._attention_reference import (
     _mix,
@@ -32,7 +33,12 @@ from transfuse.ops._sources import (
 
 __all__ = ["KV", "AttendResult", "Blend", "attend", "attend_with_lse", "merge_attention"]
 
-_backend.declare("attend", ("reference", "cpu", "triton"))
+_backend.declare(
+    "attend",
+    ("reference", "cpu", "triton", "cuda"),
+    limits={"cuda": hopper_limit},
+    dtypes={"cuda": (torch.bfloat16, torch.float16)},
+)
 _attention_triton_ops.register()
 if _native.status().loaded:
     _attention_ops.register()
@@ -61,7 +67,10 @@ def attend(
         sources: one :class:`KV` or several; see there for keys, masks, biases, gates, index maps.
         blend: a second query mixed in inside the kernel.
         scale: finite factor of the logits; None means ``1 / sqrt(D)``.
-        backend: None, ``"reference"``, ``"cpu"`` or ``"triton"``; a named one never falls back.
+        backend: None, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``; a named one never
+            falls back. ``"cuda"`` is a forward pass for compute capability 9.0, half precisions,
+            head dims that are multiples of 8 up to 128 and at most 8 sources; blends run in eager
+            torch before it, and derivatives are those of ``"triton"``.
 
     Returns:
         (B, H, N, Dv) in the dtype of the query. Rows that may attend to nothing are zero.
@@ -93,7 +102,7 @@ def attend(
     if backend == "reference":
         return attend_reference(query, sources, blend=blend, scale=scale)
     call = normalise(query, sources, blend, scale)
-    chosen = _triton_ops.traced(_backend.choose("attend", backend, query.device, query.dtype))
+    chosen = _choose(call, backend)
     if chosen == "composed":
         return _composed(call)
     if needs_derivative(_tensors(call)):
@@ -136,7 +145,7 @@ def attend_with_lse(
         return attend_with_lse_reference(query, sources, blend=blend, scale=scale)
     call = normalise(query, sources, blend, scale)
     require_one_softmax(call)
-    chosen = _triton_ops.traced(_backend.choose("attend", backend, query.device, query.dtype))
+    chosen = _choose(call, backend)
     if chosen == "composed":
         return attend_with_lse_reference(query, sources, blend=blend, scale=scale)
     if needs_derivative(_tensors(call)):
@@ -183,6 +192,12 @@ def merge_attention(
 # ---- internal ------------------------------------------------------------------------------------
 
 
+def _choose(call: Normalised, backend: str | None) -> str:
+    tensors = (call.query, *(t for pair in zip(call.keys, call.values, strict=True) for t in pair))
+    device, dtype = call.query.device, call.query.dtype
+    return _triton_ops.traced(_backend.choose("attend", backend, device, dtype, tensors))
+
+
 def _tensors(call: Normalised) -> list[Tensor | None]:
     """Everything a derivative may be asked of."""
     weights = [call.query_weight, *call.key_weights, *call.gates]
@@ -219,6 +234,8 @@ def _fused(call: Normalised, backend: str) -> tuple[Tensor, Tensor]:
         )
     if backend == "triton":
         return _attention_triton_ops.fused(call)
+    if backend == "cuda":
+        call = _without_blends(call)
     (query_weight,), (query_weights,) = _numbers([call.query_weight])
     key_weight, key_weights = _numbers(call.key_weights)
     gate, gates = _numbers(call.gates)
@@ -247,19 +264,37 @@ def _fused(call: Normalised, backend: str) -> tuple[Tensor, Tensor]:
     )
 
 
+def _without_blends(call: Normalised) -> Normalised:
+    """The same call with blends done in eager torch."""
+    none = [None] * len(call.keys)
+    return call._replace(
+        query=_blended_query(call),
+        query_other=None,
+        query_weight=None,
+        query_index=None,
+        keys=_blended_keys(call, range(len(call.keys))),
+        key_others=none,
+        key_weights=none,
+        key_indices=none,
+    )
+
+
+def _blended_keys(call: Normalised, members) -> list[Tensor]:
+    return [
+        _mix(call.keys[s], call.key_others[s], call.key_weights[s], call.key_indices[s])
+        for s in members
+    ]
+
+
 def _blended_query(call: Normalised) -> Tensor:
     return _mix(call.query, call.query_other, call.query_weight, call.query_index)
 
 
 def _core(call: Normalised, backend: str, members, query: Tensor) -> tuple[Tensor, Tensor]:
     """The differentiable core over some of the sources."""
-    keys = [
-        _mix(call.keys[s], call.key_others[s], call.key_weights[s], call.key_indices[s])
-        for s in members
-    ]
     tensors = (
         query,
-        *keys,
+        *_blended_keys(call, members),
         *(call.values[s] for s in members),
         *(call.biases[s] for s in members),
         *(call.masks[s] for s in members),

@@ -80,8 +80,8 @@ template <int kPending>
 inline void product_wait() {
   emulation::wait_for_products(kPending);
 }
-template <int kCount>
-inline void pin(float (&)[kCount]) {}
+template <class T, int kCount>
+inline void pin(T (&)[kCount]) {}
 
 template <DType kType, int kColumns>
 struct ProductOfShared<emulation::Half<kType>, kColumns> {

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from transfuse.ops import KV, attend, attend_with_lse, merge_attention
+from transfuse.ops._attention_call import hopper_fits
 from transfuse.ops._attention_core import compact
 from transfuse.ops._attention_reference import (
     attend_reference,
@@ -25,7 +26,7 @@ from transfuse.testing.specs._attention_errors import ATTEND_ERRORS, LSE_ERRORS,
 from transfuse.testing.specs._attention_plans import Plan, Shape, Source
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-BACKENDS = ("reference", "cpu", "triton")
+BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 
 # -- cases --------------------------------------------------------------------------------------
@@ -37,7 +38,14 @@ def _case(name: str, plan: Plan, tags: frozenset[str]) -> Case:
         lambda dtype, device, generator: CallArgs(plan.call, plan.draw(dtype, device, generator)),
         plan.differentiable(),
         tags,
+        _refused_by(plan),
     )
+
+
+def _refused_by(plan: Plan) -> frozenset[str]:
+    widths = (plan.width, plan.width if plan.value_width is None else plan.value_width)
+    reason = hopper_fits(widths, len(plan.sources))
+    return frozenset() if reason is None else frozenset({"cuda"})
 
 
 def _merge_case(name: str, shape: Shape, parts: int, gates: tuple[object, ...], tags) -> Case:
