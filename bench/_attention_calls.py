@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from transfuse import _backend
 from transfuse.ops import KV, attend
 
 from .cases import Expression, Setup, Tensors
@@ -96,12 +97,15 @@ def call_backend(backend: str) -> Attention:
     return lambda query, key, value: attend(query, KV(key, value), backend=backend)
 
 
-def other_kernels(setup: Setup) -> dict[str, Expression]:
-    """Our other kernels for the device, beside those that the run is about."""
-    if setup.device.type != "cuda":
-        return {}
-    others = (b for b in ("triton", "cuda") if b != setup.backend)
-    return {f"transfuse-{backend}": on_qkv(call_backend(backend)) for backend in others}
+def other_kernels(setup: Setup, tensors: Tensors) -> dict[str, Expression]:
+    """Our other kernels that can run the call, beside those that the run is about."""
+    given = [tensors[name] for name in ("query", "key", "value")]
+    others = (b for b in ("triton", "cuda") if b != setup.backend and setup.device.type == "cuda")
+    return {
+        f"transfuse-{backend}": on_qkv(call_backend(backend))
+        for backend in others
+        if _backend.why_not("attend", backend, setup.device, setup.dtype, given) is None
+    }
 
 
 def on_qkv(attention: Attention) -> Expression:

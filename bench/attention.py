@@ -56,7 +56,7 @@ def _plain(shape: tuple[int, int, int, int]) -> Callable[[Setup], Workload]:
                 "xformers": call_xformers,
                 "flash-attn": call_flash_attn,
             },
-            variants=other_kernels(setup),
+            variants=other_kernels(setup, tensors),
             yardstick=yardstick(setup),
             differentiable=("query", "key", "value"),
             heads=heads,
@@ -83,6 +83,18 @@ VENDORS = ("xformers", "flash-attn", "natten")
 DERIVATIVES = ("forward", "backward", "full")
 
 CASES = (
+    *(
+        Case(
+            name=f"plain-{name}",
+            title=f"self-attention, head dim and tokens {name}",
+            make=_plain(SHAPES[name]),
+            targets=(Target(dtype="bfloat16", bar=0.9),),
+            peers=(*SDPA, *SDPA_KERNELS, *FLEX, *VENDORS),
+            modes=DERIVATIVES,
+            devices=("cuda",),
+        )
+        for name in ("64-4096", "64-16384", "128-4608", "128-16384", "80-4096")
+    ),
     Case(
         name="plain-a",
         title="self-attention, SD1.5 64 x 64",
@@ -128,18 +140,6 @@ CASES = (
         peers=(*SDPA, "explicit", "explicit-compile", *FLEX, *VENDORS),
         quick_peers=("sdpa", "explicit", *VENDORS),
         modes=DERIVATIVES,
-    ),
-    *(
-        Case(
-            name=f"plain-{name}",
-            title=f"self-attention, head dim and tokens {name}",
-            make=_plain(SHAPES[name]),
-            targets=(Target(dtype="bfloat16", bar=0.9),),
-            peers=(*SDPA, *SDPA_KERNELS, *FLEX, *VENDORS),
-            modes=DERIVATIVES,
-            devices=("cuda",),
-        )
-        for name in ("64-4096", "64-16384", "128-4608", "128-16384", "80-4096")
     ),
     Case(
         name="style-injection",

@@ -48,19 +48,12 @@ EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 CONTRACT = Path("tests/ops/test_contract.py")
 TOOLS = ("memcheck", "racecheck")
 # Ops of the benchmark (modules of this package) by backend, the most telling first, and the share
-# of the time that a backend gets; what the first leaves over goes to the second.
+# of the time that a backend gets; what the first leaves over goes to the second. Attention's cases
+# time its CUDA kernel beside Triton's.
 TIMED = {
     "cuda": (
-        (
-            "attention",
-            "token_merging",
-            "diffusion",
-            "adain",
-            "multitensor",
-            "head_curvature",
-            "saliency",
-        ),
-        0.4,
+        ("token_merging", "diffusion", "adain", "multitensor", "head_curvature", "saliency"),
+        0.3,
     ),
     "triton": (
         (
@@ -78,7 +71,7 @@ TIMED = {
             "row_codes",
             "saliency",
         ),
-        0.6,
+        0.7,
     ),
 }
 _OUTCOME = re.compile(r"^(\S+\.py::\S+) (PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS)", re.MULTILINE)
