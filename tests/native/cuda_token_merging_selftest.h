@@ -105,7 +105,7 @@ inline void check_nearest_large(DType dtype, int64_t depth) {
   const std::string what =
       std::string("cuda nearest of large vectors ") + name_of(dtype) + " C=" + std::to_string(depth);
   const int64_t rows = 6, references = 140;
-  const int high = dtype == DType::f64 ? 900 : 115;
+  const int high = dtype == DType::f64 ? 900 : 115, middle = high / 2;  // two middle ones do not overflow
   Array x(dtype, {1, rows, depth}), y(dtype, {1, references, depth}), near(statistics_of(dtype), {1, rows, 1});
   Array small_x = x, small_y = y;
   Random random(11);
@@ -127,9 +127,9 @@ inline void check_nearest_large(DType dtype, int64_t depth) {
   a.reference = y.view();
   a.similarity = near.data();
   a.index = index.data();
-  // Large rows alone; large columns too, in some of the tiles or in all.
-  for (const std::vector<int>& exponents : {std::vector<int>{0}, std::vector<int>{0, high, high / 2, -20}}) {
-    scale(small_x, &x, {0, high, high * 2 / 3});
+  // No product overflows; those of large rows do; those of large columns do too.
+  for (const std::vector<int>& exponents : {std::vector<int>{0}, {middle}, {0, high, middle, -20}}) {
+    scale(small_x, &x, {0, high, middle});
     scale(small_y, &y, exponents);
     run_nearest_on_cuda(a, {});
     bool good = true;
@@ -177,16 +177,20 @@ inline void check_nearest_on_tensor_cores(DType dtype, uint64_t seed, const Toke
   const Parallel serial = transfuse::serial_parallel();
   const long before = searches_on_tensor_cores();
   const std::vector<TokenSizes> sizes{
-      {2, 65, 129, 40, dtype, Layout::heads_first},  {1, 1, 1, 8, dtype, Layout::heads_first},
-      {1, 129, 64, 32, dtype, Layout::padded_packs}, {3, 3, 391, 72, dtype, Layout::padded_packs, true},
-      {1, 130, 130, 16, dtype, Layout::heads_first}, {1, 130, 130, 16, dtype, Layout::padded_packs},
+      {2, 65, 129, 40, dtype, Layout::heads_first},
+      {1, 1, 1, 8, dtype, Layout::heads_first},
+      {1, 129, 64, 32, dtype, Layout::padded_packs},
+      {3, 3, 391, 72, dtype, Layout::padded_packs, true},
+      {1, 130, 130, 16, dtype, Layout::heads_first},
+      {1, 130, 130, 16, dtype, Layout::padded_packs},
       {1, 5, 17, 136, dtype, Layout::padded_packs},
+      {6, 66, 67, 40, dtype, Layout::heads_first},  // more than the blocks of a grid
   };
   for (const TokenSizes& s : sizes) check_nearest(s, ++seed, serial, kernels);
   check_nearest_specials(dtype, 16);
   check_nearest_itself(dtype, 320);
   if (dtype == DType::bf16) check_nearest_large(dtype, 16);
-  const long searches = (long)sizes.size() + 3 + 1 + (dtype == DType::bf16 ? 2 : 0);
+  const long searches = (long)sizes.size() + 3 + 1 + (dtype == DType::bf16 ? 3 : 0);
   check(searches_on_tensor_cores() - before == searches, std::string("cuda nearest on tensor cores ") + name_of(dtype));
 }
 
