@@ -3,14 +3,16 @@
 // blocks.
 //
 // The numbers are multiplied as they are, products exact and sums in float32; inverse norms are applied to the scores,
-// so equal columns have equal scores. With u the last bit that a tensor core keeps (2^-23 of the largest number of a
-// sum), a cosine is off by at most about (10/8 depth + 4) u, in practice by a small part of that: sums of cosines near
-// 1 lose about depth/16 u, as they are cut off and not rounded. |sum| <= |x| |y| for any part of the depth, so sums
-// overflow only if a norm does not fit: rows that meet such norms (bfloat16) are marked, and settled by the second
-// kernel, normalised first, as in token_nearest.cu.
+// so equal columns have equal scores. Tensor cores align the terms of a sum and cut them off. With u = 2^-23 of the
+// largest number of a sum as the last bit they keep, and 8 products to a sum, the coarsest that was measured (Fasi et
+// al., 2021), a cosine is off by at most about 1.3 depth u, since no part of a sum exceeds |x| |y|. Emulated so, cosines
+// of random vectors are off by less than 2 u and those of a vector with itself by about depth/7 u.
+//
+// For the same reason sums overflow only if a norm is out of all proportion, as only bfloat16 allows: rows that meet
+// such norms are marked, and settled by the second kernel, normalised first, as in token_nearest.cu.
 //
 // What it cannot beat: 2 rows columns depth operations (312 TFLOP/s dense on an A100, 989 on an H100 SXM, of which
-// mma.sync is said to reach about two thirds) and 2 (rows + columns) depth bytes once from memory. Every tile is read
+// mma.sync is said to reach about 60 %) and 2 (rows + columns) depth bytes once from memory. Every tile is read
 // again from the second-level cache: 2 depth (rows ceil(columns/128) + columns ceil(rows/128)) bytes. Two images of
 // 3072 x 1024 tokens of 640 channels: 8.1 GFLOP, 10 MB from memory, 126 MB from the cache. A block of 128 x 128 with
 // warps of 64 x 64 keeps shared memory at about three quarters of its rate while the tensor cores are busy; two blocks
@@ -55,74 +57,87 @@ __device__ inline int pack_at(int row, int pack) { return row * kDepth + (pack ^
 struct HalfSearch {
   NearestArgs args;
   InverseNorms<float> inverse;
-  int64_t row_tiles;  // per batch entry
-  int column_tiles, splits;
-  float* best;  // (2 splits, batch x rows): of each half of the columns of a split's tiles
+  int row_tiles, column_tiles;  // per batch entry
+  int splits;                   // of the columns
+  unsigned items;               // batch x row tiles x splits
+  float* best;                  // (2 splits, batch x rows): of each half of the columns of a split's tiles
   int* found;
 };
 
 struct Places {
   int lane, group, quad;  // group and quad: where products' results lie (see multiply_add)
   int high, wide;         // of the warp, within a tile
-  __device__ Places()
-      : lane((int)threadIdx.x % kWarp),
-        group(lane / 4),
-        quad(lane % 4),
-        high((int)threadIdx.x / kWarp / 2 * kOwn),
-        wide((int)threadIdx.x / kWarp % 2 * kOwn) {}
+  int rows, columns;      // packs of a slice that this lane names to load_matrices; a multiple of 16 rows adds to them
+  __device__ Places() : lane((int)threadIdx.x % kWarp), group(lane / 4), quad(lane % 4) {
+    high = (int)threadIdx.x / kWarp / 2 * kOwn;
+    wide = (int)threadIdx.x / kWarp % 2 * kOwn;
+    rows = pack_at(high + lane % 16, lane / 16);
+    columns = pack_at(wide + lane / 16 * 8 + lane % 8, lane / 8 % 2);
+  }
 };
 
-// Begins the copies of one operand's slice; what is not there, rows or channels, becomes 0.
-template <class M>
-__device__ inline void load_half_slice(const M* from, int64_t stride, int64_t rows, int64_t depth, M* to) {
-  constexpr int kRowsAtOnce = kThreads / kPacks;
-  const int pack = (int)threadIdx.x % kPacks;
-#pragma unroll
-  for (int first = 0; first < kTile; first += kRowsAtOnce) {
-    const int row = first + (int)threadIdx.x / kPacks;
-    const bool there = row < rows && pack * kPack < depth;
-    copy_16_async(to + pack_at(row, pack), there ? from + row * stride + pack * kPack : from, there);
-  }
-}
-
-// The slices of a block's tiles, one after the other.
+// The slices of a block's tiles, one after the other: addresses are stepped, as there is little time to compute them.
 template <class M>
 struct Loader {
-  const NearestArgs& n;
-  const M *rows, *columns;  // of the block's first row, and of its batch entry
-  int64_t rows_left;
-  int tile, last;
-  int64_t depth = 0;
+  static constexpr int kRowsAtOnce = kThreads / kPacks;
+  const M *row, *column;                    // this thread's pack of its first row and column in the next slice
+  int64_t row_stride, column_stride;        // between tokens
+  int rows_left, columns_left, depth_left;  // from there on, what there is in the tile; the rest becomes 0
+  int slice, slices, tiles;                 // of a tile: next, and all; and tiles that are left
 
-  // Also without anything to load: groups are counted.
+  __device__ Loader(const NearestArgs& n, int64_t b, int64_t i0, int64_t j0, int tiles_of_block)
+      : row_stride(n.x.stride[1]),
+        column_stride(n.reference.stride[1]),
+        slice(0),
+        slices(((int)n.depth + kDepth - 1) / kDepth),
+        tiles(tiles_of_block) {
+    const int first = (int)threadIdx.x / kPacks, channel = (int)threadIdx.x % kPacks * kPack;
+    row = static_cast<const M*>(n.x.ptr) + b * n.x.stride[0] + (i0 + first) * row_stride + channel;
+    column =
+        static_cast<const M*>(n.reference.ptr) + b * n.reference.stride[0] + (j0 + first) * column_stride + channel;
+    rows_left = (n.rows - i0 < kTile ? (int)(n.rows - i0) : kTile) - first;
+    columns_left = (int)(n.columns - j0) - first;
+    depth_left = (int)n.depth - channel;
+  }
+
+  // Begins the copies of a slice, if there is one; ends a group in any case, since groups are counted.
   __device__ void next(Slice<M>* to) {
-    if (tile < last) {
-      const int64_t j0 = (int64_t)tile * kTile;
-      load_half_slice(rows + depth, n.x.stride[1], rows_left, n.depth - depth, to->rows);
-      load_half_slice(columns + j0 * n.reference.stride[1] + depth, n.reference.stride[1], n.columns - j0,
-                      n.depth - depth, to->columns);
-      depth += kDepth;
-      if (depth >= n.depth) {
-        depth = 0;
-        ++tile;
+    if (tiles > 0) {
+      const int at = pack_at((int)threadIdx.x / kPacks, (int)threadIdx.x % kPacks);
+#pragma unroll
+      for (int i = 0; i < kTile; i += kRowsAtOnce)
+        copy_16_async(to->rows + at + i * kDepth, row + i * row_stride, depth_left > 0 && i < rows_left);
+#pragma unroll
+      for (int i = 0; i < kTile; i += kRowsAtOnce)
+        copy_16_async(to->columns + at + i * kDepth, column + i * column_stride, depth_left > 0 && i < columns_left);
+      row += kDepth;
+      column += kDepth;
+      depth_left -= kDepth;
+      if (++slice == slices) {
+        slice = 0;
+        row -= slices * kDepth;
+        column += kTile * column_stride - slices * kDepth;
+        columns_left -= kTile;
+        depth_left += slices * kDepth;
+        --tiles;
       }
     }
     commit_copies();
   }
 };
+static_assert(Loader<__half>::kRowsAtOnce % 8 == 0, "the same place of a pack in all rows of a thread");
 
 template <class M>
 __device__ inline void multiply_slice(const Slice<M>& slice, const Places& at, float (&sums)[kHigh][kWide][4]) {
 #pragma unroll
   for (int step = 0; step < kDepth / kStep; ++step) {
     uint32_t rows[kHigh][4], columns[kWide / 2][4];
+    const int turn = step * kStep;  // two packs on: of a pack's number, another bit
 #pragma unroll
-    for (int m = 0; m < kHigh; ++m)
-      load_matrices(rows[m], slice.rows + pack_at(at.high + m * 16 + at.lane % 16, 2 * step + at.lane / 16));
+    for (int m = 0; m < kHigh; ++m) load_matrices(rows[m], slice.rows + (at.rows ^ turn) + m * 16 * kDepth);
 #pragma unroll
     for (int w = 0; w < kWide / 2; ++w)
-      load_matrices(columns[w], slice.columns + pack_at(at.wide + w * 16 + at.lane / 16 * 8 + at.lane % 8,
-                                                        2 * step + at.lane / 8 % 2));
+      load_matrices(columns[w], slice.columns + (at.columns ^ turn) + w * 16 * kDepth);
 #pragma unroll
     for (int m = 0; m < kHigh; ++m)
 #pragma unroll
@@ -143,18 +158,13 @@ __global__ void __launch_bounds__(kThreads, 2) nearest_half_kernel(const HalfSea
   __shared__ Slice<M> slices[kStages];
   const NearestArgs& n = g.args;
   const Places at;
-  for (int64_t item = blockIdx.x; item < n.batch * g.row_tiles * g.splits; item += gridDim.x) {
-    const int split = (int)(item % g.splits);
-    const int64_t b = item / g.splits / g.row_tiles, i0 = item / g.splits % g.row_tiles * kTile;
+  for (unsigned item = blockIdx.x; item < g.items; item += gridDim.x) {
+    const int split = (int)(item % (unsigned)g.splits), tile_of_rows = (int)(item / (unsigned)g.splits);
+    const int64_t b = tile_of_rows / g.row_tiles, i0 = (int64_t)(tile_of_rows % g.row_tiles) * kTile;
     const int first = (int)((int64_t)split * g.column_tiles / g.splits);
     const int last = (int)((int64_t)(split + 1) * g.column_tiles / g.splits);
     const float* const column_inverse = g.inverse.columns + b * g.inverse.column_stride;
-    Loader<M> loader{n,
-                     static_cast<const M*>(n.x.ptr) + b * n.x.stride[0] + i0 * n.x.stride[1],
-                     static_cast<const M*>(n.reference.ptr) + b * n.reference.stride[0],
-                     n.rows - i0,
-                     first,
-                     last};
+    Loader<M> loader(n, b, i0, (int64_t)first * kTile, last - first);
     float inverse[kOwnRows], best[kOwnRows];
     int found[kOwnRows];
 #pragma unroll
@@ -179,7 +189,7 @@ __global__ void __launch_bounds__(kThreads, 2) nearest_half_kernel(const HalfSea
         if (scale[half] > 0.0f && scale[half] < kTrusted) trusted = false;
       }
       float sums[kHigh][kWide][4] = {};
-      for (int64_t c = 0; c < n.depth; c += kDepth) {
+      for (int slice = 0; slice < loader.slices; ++slice) {
         wait_for_copies<kStages - 2>();  // of this thread, for this slice
         __syncthreads();                 // of all of them; and all have read the slice before, which is loaded next
         loader.next(&slices[stage == 0 ? kStages - 1 : stage - 1]);
@@ -187,13 +197,14 @@ __global__ void __launch_bounds__(kThreads, 2) nearest_half_kernel(const HalfSea
         stage = stage + 1 == kStages ? 0 : stage + 1;
       }
       if (n.exclude_self && i0 < (int64_t)(tile + 1) * kTile && (int64_t)tile * kTile < i0 + kTile) {
+        const int ahead = (int)i0 + at.high + at.group - (j0 + at.quad * 2);
 #pragma unroll
         for (int r = 0; r < kOwnRows; ++r)
 #pragma unroll
           for (int w = 0; w < kWide; ++w)
 #pragma unroll
             for (int e = 0; e < 2; ++e)
-              if (i0 + at.high + r * 8 + at.group == j0 + w * 8 + at.quad * 2 + e) sums[r / 2][w][r % 2 * 2 + e] = NAN;
+              if (ahead + r * 8 == w * 8 + e) sums[r / 2][w][r % 2 * 2 + e] = NAN;
       }
       // In ascending order, and only what is larger: ties stay with the lowest, and a NaN never wins.
 #pragma unroll
@@ -339,24 +350,31 @@ bool in_packs(const View& v, int64_t batch, int64_t tokens) {
 template <class M>
 cudaError_t search_half(const HalfSearch& g, cudaStream_t stream) {
   const int64_t rows = g.args.batch * g.args.rows;
-  const cudaError_t error = launch(nearest_half_kernel<M>, g.args.batch * g.row_tiles * g.splits, kThreads, stream, g);
+  const cudaError_t error = launch(nearest_half_kernel<M>, g.items, kThreads, stream, g);
   return error == cudaSuccess ? launch(settle_kernel<M>, (rows + kWarps - 1) / kWarps, kThreads, stream, g) : error;
 }
 
 }  // namespace
 
 bool takes_nearest_half(const NearestArgs& args) {
-  constexpr int64_t kMostColumns = INT_MAX - kTile;
+  constexpr int64_t kMost = INT_MAX - kTile;  // of what is counted in ints
   return (args.dtype == DType::bf16 || args.dtype == DType::f16) && args.depth > 0 && args.depth % kPack == 0 &&
-         args.columns > 0 && args.columns <= kMostColumns && in_packs(args.x, args.batch, args.rows) &&
-         in_packs(args.reference, args.batch, args.columns);
+         args.depth <= kMost && args.columns > 0 && args.columns <= kMost &&
+         tiles_of(args.rows) <= kMost / kMostSplits / (args.batch > 0 ? args.batch : 1) &&
+         in_packs(args.x, args.batch, args.rows) && in_packs(args.reference, args.batch, args.columns);
 }
 
 int64_t nearest_half_working(const NearestArgs& args) { return 2 * 2 * splits_of(args) * args.batch * args.rows; }
 
 cudaError_t search_nearest_half(const NearestArgs& args, const InverseNorms<float>& inverse, void* working,
                                 cudaStream_t stream) {
-  HalfSearch g{args, inverse, tiles_of(args.rows), (int)tiles_of(args.columns), splits_of(args), nullptr, nullptr};
+  HalfSearch g = {};
+  g.args = args;
+  g.inverse = inverse;
+  g.row_tiles = (int)tiles_of(args.rows);
+  g.column_tiles = (int)tiles_of(args.columns);
+  g.splits = splits_of(args);
+  g.items = (unsigned)(args.batch * g.row_tiles * g.splits);
   g.best = static_cast<float*>(working);
   g.found = static_cast<int*>(working) + 2 * g.splits * args.batch * args.rows;
   return args.dtype == DType::bf16 ? search_half<__nv_bfloat16>(g, stream) : search_half<__half>(g, stream);
