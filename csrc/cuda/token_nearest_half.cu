@@ -5,8 +5,8 @@
 // The numbers are multiplied as they are, products exact and sums in float32; inverse norms are applied to the scores,
 // so equal columns have equal scores. Tensor cores align the terms of a sum and cut them off. With u = 2^-23 of the
 // largest number of a sum as the last bit they keep, and 8 products to a sum, the coarsest that was measured (Fasi et
-// al., 2021), a cosine is off by at most about 1.3 depth u, since no part of a sum exceeds |x| |y|. Emulated so, cosines
-// of random vectors are off by less than 2 u and those of a vector with itself by about depth/7 u.
+// al., 2021), a cosine is off by at most about 1.3 depth u, since no part of a sum exceeds |x| |y|. Emulated so,
+// cosines of random vectors are off by less than 2 u and those of a vector with itself by about depth/7 u.
 //
 // For the same reason sums overflow only if a norm is out of all proportion, as only bfloat16 allows: rows that meet
 // such norms are marked, and settled by the second kernel, normalised first, as in token_nearest.cu.
@@ -50,8 +50,8 @@ struct alignas(128) Slice {
 };
 static_assert(kStages * sizeof(Slice<__half>) <= 48 << 10, "shared memory that needs no asking");
 
-// Where a pack of a row of a slice lies: two rows are 128 bytes, one cycle of the banks, and packs change places so
-// that 8 rows' packs of one number are in different banks.
+// Where a pack of a row of a slice lies: two rows are 128 bytes, all banks once, and packs change places so that those
+// of one number in 8 rows are in different banks.
 __device__ inline int pack_at(int row, int pack) { return row * kDepth + (pack ^ (row >> 1 & 3)) * kPack; }
 
 struct HalfSearch {
@@ -64,9 +64,10 @@ struct HalfSearch {
   int* found;
 };
 
+// Of a thread, within its block's tile.
 struct Places {
   int lane, group, quad;  // group and quad: where products' results lie (see multiply_add)
-  int high, wide;         // of the warp, within a tile
+  int high, wide;         // first row and column of the warp
   int rows, columns;      // packs of a slice that this lane names to load_matrices; a multiple of 16 rows adds to them
   __device__ Places() : lane((int)threadIdx.x % kWarp), group(lane / 4), quad(lane % 4) {
     high = (int)threadIdx.x / kWarp / 2 * kOwn;
@@ -341,7 +342,7 @@ int splits_of(const NearestArgs& args) {
   return best;
 }
 
-// Whether all rows are whole packs.
+// Whether all rows are whole packs. (The stride of a single one means nothing; see search_nearest_half.)
 bool in_packs(const View& v, int64_t batch, int64_t tokens) {
   return pack_aligned(v.ptr) && v.stride[2] == 1 && (tokens < 2 || v.stride[1] % kPack == 0) &&
          (batch < 2 || v.stride[0] % kPack == 0);
@@ -370,6 +371,9 @@ cudaError_t search_nearest_half(const NearestArgs& args, const InverseNorms<floa
                                 cudaStream_t stream) {
   HalfSearch g = {};
   g.args = args;
+  // Addresses are made, though not read, of rows past the last as well, and have to be those of packs.
+  if (args.rows == 1) g.args.x.stride[1] = 0;
+  if (args.columns == 1) g.args.reference.stride[1] = 0;
   g.inverse = inverse;
   g.row_tiles = (int)tiles_of(args.rows);
   g.column_tiles = (int)tiles_of(args.columns);

@@ -178,7 +178,7 @@ inline void check_nearest_on_tensor_cores(DType dtype, uint64_t seed, const Toke
   const long before = searches_on_tensor_cores();
   const std::vector<TokenSizes> sizes{
       {2, 65, 129, 40, dtype, Layout::heads_first},
-      {1, 1, 1, 8, dtype, Layout::heads_first},
+      {1, 1, 1, 8, dtype, Layout::padded_rows},
       {1, 129, 64, 32, dtype, Layout::padded_packs},
       {3, 3, 391, 72, dtype, Layout::padded_packs, true},
       {1, 130, 130, 16, dtype, Layout::heads_first},
