@@ -26,13 +26,17 @@ __device__ inline A root(A x) {
 template <class A>
 constexpr A kShrink = std::is_same_v<A, double> ? (A)0x1p-600 : (A)0x1p-80f;
 
-// The sum of the squares of one row, in every lane of its warp; numbers scaled first.
-template <class M, class A>
+// The sum of the squares of one row, in every lane of its warp; numbers scaled first, and read kSize at a time.
+template <class M, int kSize, class A>
 __device__ inline A sum_of_squares(const M* p, int64_t stride, int64_t depth, A scale) {
   A sum = A(0);
-  for (int64_t c = (int)threadIdx.x % kWarp; c < depth; c += kWarp) {
-    const A x = widen(p[c * stride]) * scale;
-    sum += x * x;
+  for (int64_t c = (int)threadIdx.x % kWarp * kSize; c < depth; c += kWarp * kSize) {
+    const auto pack = load_pack<Pack<M, kSize>>(p + c * stride);
+#pragma unroll
+    for (int k = 0; k < kSize; ++k) {
+      const A x = widen(pack.v[k]) * scale;
+      sum += x * x;
+    }
   }
   for (int step = kWarp / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
   return sum;
@@ -40,7 +44,7 @@ __device__ inline A sum_of_squares(const M* p, int64_t stride, int64_t depth, A 
 
 // 1 / |row|; 0 for one that counts as zero. NaN and infinities give 0 too: 0 times these is NaN, so the row stays
 // visible. Where squares overflow they are summed again, smaller.
-template <class M>
+template <class M, int kSize>
 __global__ void __launch_bounds__(kThreads)
     norms_kernel(const View v, int64_t batch, int64_t tokens, int64_t depth, typename Arithmetic<M>::A* inverse) {
   using A = typename Arithmetic<M>::A;
@@ -50,10 +54,10 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t row = first + own;
     if (row >= batch * tokens) continue;
     const M* p = static_cast<const M*>(v.ptr) + row / tokens * v.stride[0] + row % tokens * v.stride[1];
-    A scale = A(1), sum = sum_of_squares<M, A>(p, v.stride[2], depth, scale);
+    A scale = A(1), sum = sum_of_squares<M, kSize, A>(p, v.stride[2], depth, scale);
     if (sum == (A)INFINITY) {
       scale = kShrink<A>;
-      sum = sum_of_squares<M, A>(p, v.stride[2], depth, scale);
+      sum = sum_of_squares<M, kSize, A>(p, v.stride[2], depth, scale);
     }
     const A norm = root(sum);
     if (lane == 0) inverse[row] = norm > (A)kMergeSmallestNorm * scale ? scale / norm : A(0);
@@ -165,17 +169,22 @@ cudaError_t search(const NearestArgs& args, typename Arithmetic<M>::A* working, 
   const int64_t references = shared ? 1 : args.batch;
   A* const row_inverse = working;
   A* const column_inverse = row_inverse + args.batch * args.rows;
-  const auto blocks = [](int64_t rows) { return (rows + kThreads / kWarp - 1) / (kThreads / kWarp); };
-  cudaError_t error = launch(norms_kernel<M>, blocks(args.batch * args.rows), kThreads, stream, args.x, args.batch,
-                             args.rows, args.depth, row_inverse);
-  if (error == cudaSuccess && args.columns > 0)
-    error = launch(norms_kernel<M>, blocks(references * args.columns), kThreads, stream, args.reference, references,
-                   args.columns, args.depth, column_inverse);
+  bool half = false;
+  auto* norms = norms_kernel<M, 1>;
+  if constexpr (sizeof(M) == 2) {
+    half = takes_nearest_half(args);
+    if (half) norms = norms_kernel<M, Pack<M>::kSize>;
+  }
+  const auto start = [&](const View& v, int64_t batch, int64_t tokens, A* inverse) {
+    const int64_t blocks = (batch * tokens + kThreads / kWarp - 1) / (kThreads / kWarp);
+    return launch(norms, blocks, kThreads, stream, v, batch, tokens, args.depth, inverse);
+  };
+  cudaError_t error = start(args.x, args.batch, args.rows, row_inverse);
+  if (error == cudaSuccess && args.columns > 0) error = start(args.reference, references, args.columns, column_inverse);
   if (error != cudaSuccess) return error;
   const InverseNorms<A> inverse{row_inverse, column_inverse, shared ? 0 : args.columns};
   if constexpr (sizeof(M) == 2) {
-    if (takes_nearest_half(args))
-      return search_nearest_half(args, inverse, column_inverse + args.batch * args.columns, stream);
+    if (half) return search_nearest_half(args, inverse, column_inverse + args.batch * args.columns, stream);
   }
   const int64_t tiles = (args.rows + kRows - 1) / kRows;
   return launch(nearest_kernel<M>, args.batch * tiles, kThreads, stream, Search<A>{args, inverse, tiles});
