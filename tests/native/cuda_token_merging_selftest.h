@@ -51,6 +51,7 @@ inline void run_nearest_on_cuda(const NearestArgs& a, const Parallel&) {
     std::memset(working.get(), 0x5a, items * sizeof(double));
     return transfuse::nearest_tokens_cuda(a, working.get(), nullptr);
   });
+  check(emulation::bank_conflicts() == 0, "cuda nearest: operands in the same banks of shared memory");
   if (emulation::copies_begun() > before) ++searches_on_tensor_cores();
   check(emulation::copies_pending() == 0, "cuda nearest: copies that nobody has waited for");
 }
@@ -180,7 +181,8 @@ inline void check_nearest_on_tensor_cores(DType dtype, uint64_t seed, const Toke
       {2, 65, 129, 40, dtype, Layout::heads_first},
       {1, 1, 1, 8, dtype, Layout::padded_rows},
       {1, 129, 64, 32, dtype, Layout::padded_packs},
-      {3, 3, 391, 72, dtype, Layout::padded_packs, true},
+      {4, 3, 300, 72, dtype, Layout::padded_packs, true},  // blocks of three tiles
+      {5, 70, 200, 8, dtype, Layout::heads_first},         // and of two
       {1, 130, 130, 16, dtype, Layout::heads_first},
       {1, 130, 130, 16, dtype, Layout::padded_packs},
       {1, 5, 17, 136, dtype, Layout::padded_packs},

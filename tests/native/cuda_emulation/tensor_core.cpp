@@ -21,7 +21,7 @@ struct Thread {
   std::deque<std::vector<Copy>> groups;
 };
 std::vector<Thread> threads;
-long begun = 0, pending = 0;
+long begun = 0, pending = 0, conflicts = 0;
 
 Thread& own_thread() {
   if (threads.size() <= threadIdx.x) threads.resize(threadIdx.x + 1);
@@ -99,6 +99,7 @@ void wait_for_groups(int most) {
 
 long copies_begun() { return begun; }
 long copies_pending() { return pending; }
+long bank_conflicts() { return conflicts; }
 
 void load_four_matrices(uint32_t (&r)[4], const void* row) {
   check_aligned(row, "ldmatrix: a row is not at a multiple of 16");
@@ -107,6 +108,11 @@ void load_four_matrices(uint32_t (&r)[4], const void* row) {
   uint64_t* slots = exchange_slots();
   slots[lane] = reinterpret_cast<uintptr_t>(row);
   wait_for_warp();
+  if (lane % 8 == 0) {  // 8 rows of 16 bytes are all 32 banks of 4 bytes, once
+    unsigned used = 0;
+    for (unsigned r = 0; r < 8; ++r) used |= 1u << slots[lane + r] / kBytes % 8;
+    conflicts += used != 0xff;
+  }
   for (unsigned m = 0; m < 4; ++m) {
     const auto* from = reinterpret_cast<const unsigned char*>((uintptr_t)slots[8 * m + lane / 4]);
     std::memcpy(&r[m], from + lane % 4 * sizeof r[m], sizeof r[m]);

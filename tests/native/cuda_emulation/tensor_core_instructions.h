@@ -18,6 +18,8 @@ long copies_begun();
 long copies_pending();
 
 void load_four_matrices(uint32_t (&r)[4], const void* row);
+// Matrices loaded since the start of which two rows share banks: right, and slow.
+long bank_conflicts();
 
 // The accumulator is aligned with 8 products at a time and cut off at the last bit of the largest, then the sum again:
 // as coarse as what Fasi et al. (2021) found in tensor cores. Whoever rounds less is nearer to the truth.
