@@ -9,8 +9,8 @@ struct RunOnCuda {
   static void check(const Tensor& tokens) { check_cuda(tokens, "the tokens"); }
   static void nearest(const NearestArgs& a, const Tensor& like) {
     const OnDeviceOf device(like);
-    Tensor inverse = working_doubles(like, a.batch * (a.rows + a.columns));
-    check_launched(nearest_tokens_cuda(a, inverse.mutable_data_ptr(), device.stream()), "nearest_tokens");
+    Tensor working = working_doubles(like, nearest_tokens_cuda_working(a));
+    check_launched(nearest_tokens_cuda(a, working.mutable_data_ptr(), device.stream()), "nearest_tokens");
   }
   static void segments(const MergeArgs& a, const Tensor& like) {
     check_launched(merge_segments_cuda(a, OnDeviceOf(like).stream()), "merge_segments");

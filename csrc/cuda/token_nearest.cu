@@ -2,11 +2,11 @@
 // and its lowest index in place of the result. No score reaches memory, and every row is one block's alone.
 //
 // Products are of CUDA cores in float32 (float64 for float64), vectors normalised as they are loaded, as on the CPU:
-// what is equal stays equal. With 16-bit numbers Triton's kernel, which uses tensor cores, has the higher ceiling.
+// what is equal stays equal. 16-bit numbers come here only if token_nearest_half.cu cannot load them in whole packs;
+// the norms are computed here for both.
 #include <type_traits>
 
-#include "device.h"
-#include "transfuse/token_merging.h"
+#include "token_nearest.h"
 
 namespace transfuse {
 namespace {
@@ -22,8 +22,29 @@ __device__ inline A root(A x) {
   return sqrt(x);
 }
 
-// 1 / |row|; 0 for one that counts as zero. NaN gives 0 too: 0 * NaN is NaN, so the row stays visible.
-template <class M>
+// Brings what may overflow as a square back into range.
+template <class A>
+constexpr A kShrink = std::is_same_v<A, double> ? (A)0x1p-600 : (A)0x1p-80f;
+
+// The sum of the squares of one row, in every lane of its warp; numbers scaled first, and read kSize at a time.
+template <class M, int kSize, class A>
+__device__ inline A sum_of_squares(const M* p, int64_t stride, int64_t depth, A scale) {
+  A sum = A(0);
+  for (int64_t c = (int)threadIdx.x % kWarp * kSize; c < depth; c += kWarp * kSize) {
+    const auto pack = load_pack<Pack<M, kSize>>(p + c * stride);
+#pragma unroll
+    for (int k = 0; k < kSize; ++k) {
+      const A x = widen(pack.v[k]) * scale;
+      sum += x * x;
+    }
+  }
+  for (int step = kWarp / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+  return sum;
+}
+
+// 1 / |row|; 0 for one that counts as zero. NaN and infinities give 0 too: 0 times these is NaN, so the row stays
+// visible. Where squares overflow they are summed again, smaller.
+template <class M, int kSize>
 __global__ void __launch_bounds__(kThreads)
     norms_kernel(const View v, int64_t batch, int64_t tokens, int64_t depth, typename Arithmetic<M>::A* inverse) {
   using A = typename Arithmetic<M>::A;
@@ -31,27 +52,23 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t first = (int64_t)blockIdx.x * (kThreads / kWarp); first < batch * tokens;
        first += (int64_t)gridDim.x * (kThreads / kWarp)) {
     const int64_t row = first + own;
-    const bool live = row < batch * tokens;
-    A sum = A(0);
-    if (live) {
-      const M* p = static_cast<const M*>(v.ptr) + row / tokens * v.stride[0] + row % tokens * v.stride[1];
-      for (int64_t c = lane; c < depth; c += kWarp) {
-        const A x = widen(p[c * v.stride[2]]);
-        sum += x * x;
-      }
+    if (row >= batch * tokens) continue;
+    const M* p = static_cast<const M*>(v.ptr) + row / tokens * v.stride[0] + row % tokens * v.stride[1];
+    A scale = A(1), sum = sum_of_squares<M, kSize, A>(p, v.stride[2], depth, scale);
+    if (sum == (A)INFINITY) {
+      scale = kShrink<A>;
+      sum = sum_of_squares<M, kSize, A>(p, v.stride[2], depth, scale);
     }
-    for (int step = kWarp / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
     const A norm = root(sum);
-    if (live && lane == 0) inverse[row] = norm > (A)kMergeSmallestNorm ? A(1) / norm : A(0);
+    if (lane == 0) inverse[row] = norm > (A)kMergeSmallestNorm * scale ? scale / norm : A(0);
   }
 }
 
 template <class A>
 struct Search {
   NearestArgs args;
-  const A *row_inverse, *column_inverse;
-  int64_t column_inverse_stride;  // between batch entries
-  int64_t tiles;                  // of rows, per batch entry
+  InverseNorms<A> inverse;
+  int64_t tiles;  // of rows, per batch entry
 };
 
 // kCount rows of one operand and kDepth channels from `c` on, normalised, channel by channel; zero where nothing is.
@@ -77,8 +94,8 @@ __global__ void __launch_bounds__(kThreads) nearest_kernel(const Search<typename
   const int across = (int)threadIdx.x % kAcross, down = (int)threadIdx.x / kAcross;
   for (int64_t block = blockIdx.x; block < n.batch * g.tiles; block += gridDim.x) {
     const int64_t b = block / g.tiles, i0 = block % g.tiles * kRows;
-    const A* row_inverse = g.row_inverse + b * n.rows;
-    const A* column_inverse = g.column_inverse + b * g.column_inverse_stride;
+    const A* row_inverse = g.inverse.rows + b * n.rows;
+    const A* column_inverse = g.inverse.columns + b * g.inverse.column_stride;
     A best[kOwnRows];
     int64_t found[kOwnRows], allowed[kOwnRows];  // column of the best, and the first that may be chosen; -1: none
     for (int r = 0; r < kOwnRows; ++r) {
@@ -111,7 +128,7 @@ __global__ void __launch_bounds__(kThreads) nearest_kernel(const Search<typename
 #pragma unroll
       for (int i = 0; i < kQuads * kQuad; ++i) {
         const int64_t j = j0 + i / kQuad * (kColumns / kQuads) + across * kQuad + i % kQuad;
-        if (j >= n.columns || (n.mask != nullptr && n.mask[b * n.mask_stride[0] + j * n.mask_stride[1]] == 0)) continue;
+        if (j >= n.columns || masked(n, b, j)) continue;
 #pragma unroll
         for (int r = 0; r < kOwnRows; ++r) {
           if (n.exclude_self && i0 + down * kOwnRows + r == j) continue;
@@ -146,29 +163,46 @@ __global__ void __launch_bounds__(kThreads) nearest_kernel(const Search<typename
 }
 
 template <class M>
-cudaError_t search(const NearestArgs& args, typename Arithmetic<M>::A* inverse, cudaStream_t stream) {
+cudaError_t search(const NearestArgs& args, typename Arithmetic<M>::A* working, cudaStream_t stream) {
   using A = typename Arithmetic<M>::A;
   const bool shared = args.reference.stride[0] == 0;
   const int64_t references = shared ? 1 : args.batch;
-  A* const column_inverse = inverse + args.batch * args.rows;
-  const auto blocks = [](int64_t rows) { return (rows + kThreads / kWarp - 1) / (kThreads / kWarp); };
-  cudaError_t error = launch(norms_kernel<M>, blocks(args.batch * args.rows), kThreads, stream, args.x, args.batch,
-                             args.rows, args.depth, inverse);
-  if (error == cudaSuccess && args.columns > 0)
-    error = launch(norms_kernel<M>, blocks(references * args.columns), kThreads, stream, args.reference, references,
-                   args.columns, args.depth, column_inverse);
+  A* const row_inverse = working;
+  A* const column_inverse = row_inverse + args.batch * args.rows;
+  bool half = false;
+  auto* norms = norms_kernel<M, 1>;
+  if constexpr (sizeof(M) == 2) {
+    half = takes_nearest_half(args);
+    if (half) norms = norms_kernel<M, Pack<M>::kSize>;
+  }
+  const auto start = [&](const View& v, int64_t batch, int64_t tokens, A* inverse) {
+    const int64_t blocks = (batch * tokens + kThreads / kWarp - 1) / (kThreads / kWarp);
+    return launch(norms, blocks, kThreads, stream, v, batch, tokens, args.depth, inverse);
+  };
+  cudaError_t error = start(args.x, args.batch, args.rows, row_inverse);
+  if (error == cudaSuccess && args.columns > 0) error = start(args.reference, references, args.columns, column_inverse);
+  if (error != cudaSuccess) return error;
+  const InverseNorms<A> inverse{row_inverse, column_inverse, shared ? 0 : args.columns};
+  if constexpr (sizeof(M) == 2) {
+    if (half) return search_nearest_half(args, inverse, column_inverse + args.batch * args.columns, stream);
+  }
   const int64_t tiles = (args.rows + kRows - 1) / kRows;
-  const Search<A> g{args, inverse, column_inverse, shared ? 0 : args.columns, tiles};
-  return error == cudaSuccess ? launch(nearest_kernel<M>, args.batch * tiles, kThreads, stream, g) : error;
+  return launch(nearest_kernel<M>, args.batch * tiles, kThreads, stream, Search<A>{args, inverse, tiles});
 }
 
 }  // namespace
 
-const char* nearest_tokens_cuda(const NearestArgs& args, void* inverse_norms, void* stream) {
+int64_t nearest_tokens_cuda_working(const NearestArgs& args) {
+  const int64_t norms = args.batch * (args.rows + args.columns);
+  if (args.dtype == DType::f64) return norms;
+  return (norms + (takes_nearest_half(args) ? nearest_half_working(args) : 0) + 1) / 2;
+}
+
+const char* nearest_tokens_cuda(const NearestArgs& args, void* working, void* stream) {
   if (args.batch == 0 || args.rows == 0) return nullptr;
   return message_of(with_storage(args.dtype, [&](auto number) {
     using M = decltype(number);
-    return search<M>(args, static_cast<typename Arithmetic<M>::A*>(inverse_norms), static_cast<cudaStream_t>(stream));
+    return search<M>(args, static_cast<typename Arithmetic<M>::A*>(working), static_cast<cudaStream_t>(stream));
   }));
 }
 

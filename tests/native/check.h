@@ -142,7 +142,7 @@ inline double load_as(DType t, const void* base, int64_t at) {
 // ---- arrays -------------------------------------------------------------------------------------------------------
 
 // Where elements of a (batch, head, token, channel) array lie.
-enum class Layout { heads_first, tokens_first, spread, channels_strided, offset, padded_rows };
+enum class Layout { heads_first, tokens_first, spread, channels_strided, offset, padded_rows, padded_packs };
 
 // Up to four axes in memory that ends with the last element. What lies between elements is NaN, and must stay it.
 class Array {
@@ -162,6 +162,7 @@ class Array {
       step *= held[d] > 0 ? held[d] : 1;
       if (layout == Layout::spread && d != 0) step += 3;
       if (layout == Layout::padded_rows && d == 2) step += 3;
+      if (layout == Layout::padded_packs && d == 2) step += 16 / transfuse::item_size(dtype);
     }
     if (layout == Layout::offset) offset_ = 5;
     count_ = offset_ + 1;

@@ -21,6 +21,7 @@ struct TokenSizes {
   int64_t batch, tokens, references, depth;
   DType dtype;
   Layout layout;
+  bool shared = false;  // one set of references for the whole batch
   std::string name() const {
     return std::string(name_of(dtype)) + " B=" + std::to_string(batch) + " N=" + std::to_string(tokens) +
            " M=" + std::to_string(references) + " C=" + std::to_string(depth);
@@ -42,7 +43,8 @@ inline void check_nearest(const TokenSizes& s, uint64_t seed, const Parallel& pa
                           const TokenMergingKernels& kernels = token_merging_kernels()) {
   Random random(seed);
   const std::string what = "nearest " + s.name();
-  Array x(s.dtype, {s.batch, s.tokens, s.depth}, s.layout), y(s.dtype, {s.batch, s.references, s.depth}, s.layout);
+  Array x(s.dtype, {s.batch, s.tokens, s.depth}, s.layout);
+  Array y(s.dtype, {s.batch, s.references, s.depth}, s.layout, {s.shared, false, false, false});
   x.randomize(random);
   y.randomize(random);
   if (s.tokens > 1) {

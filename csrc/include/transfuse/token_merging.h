@@ -92,7 +92,8 @@ const char* merge_segments_cuda(const MergeArgs&, void* stream);
 const char* merge_amax_cuda(const MergeArgs&, void* stream);
 const char* merge_gather_cuda(const MergeArgs&, void* stream);
 const char* push_tokens_cuda(const PushArgs&, void* stream);
-// Without row_token and column_token. `inverse_norms`: room for batch x (rows + columns) statistics.
-const char* nearest_tokens_cuda(const NearestArgs&, void* inverse_norms, void* stream);
+// Without row_token and column_token. `working`: room for as many doubles as nearest_tokens_cuda_working says.
+const char* nearest_tokens_cuda(const NearestArgs&, void* working, void* stream);
+int64_t nearest_tokens_cuda_working(const NearestArgs&);
 
 }  // namespace transfuse
