@@ -8,7 +8,15 @@ importing Triton: ``TRITON_INTERPRET=1 pytest tests/ops/test_triton_compiled.py`
 import pytest
 import torch
 
-from transfuse.ops import KV, _windows, attend
+from transfuse.ops import (
+    _windows,
+    kernel_sums,
+    lincomb,
+    multi_dot,
+    multi_gram,
+    multi_norm,
+    ties_merge,
+)
 from transfuse.testing import functorch
 from transfuse.testing.children import INTERPRETED, run_under_interpreter
 from transfuse.testing.specs import all_specs, find_spec
@@ -63,34 +71,80 @@ else:
         mask = normal(2, 1, 3, 5) > -0.5
         return query, key, value, normal(1, 2, 1, 5), mask, torch.tensor([2, 0])
 
-    def test_tensors_that_have_no_gradient():
-        *tensors, mask, index = _source()
+    def test_kernel_sums():
+        x, y = normal(6, 3).requires_grad_(), normal(5, 3)
+        weights = normal(5).abs().requires_grad_()
 
-        def call(query, key, value, bias):
-            source = KV(key, value, bias=bias, mask=mask, index=index)
-            return attend(query, source, backend="triton").square().sum()
+        def call(x, weights):
+            return kernel_sums(x, y, 1.5, weights=weights, backend="triton").square().sum()
 
-        tensors = [t.requires_grad_() for t in tensors]
         compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
-        found, want = (torch.autograd.grad(f(*tensors), tensors) for f in (compiled, call))
-        assert all(bool(g.any()) for g in want)
-        torch.testing.assert_close(found, want)
+        pairs = [torch.autograd.grad(f(x, weights), (x, weights)) for f in (compiled, call)]
+        for found, want in zip(*pairs, strict=True):
+            torch.testing.assert_close(found, want)
+
+    def test_lists_of_tensors():
+        one, two = ([torch.randn(3, 2), torch.randn(4)] for _ in range(2))
+        one[0].requires_grad_()
+
+        def call(one, two):
+            gram = multi_gram([one, two], backend="triton")
+            made = lincomb([one, two], gram[0], backend="triton")
+            still = multi_norm(two, backend="triton") + multi_gram([two], backend="triton")[0, 0]
+            return multi_dot(made, two, backend="triton") * still
+
+        compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+        pairs = [torch.autograd.grad(f(one, two), one[0])[0] for f in (compiled, call)]
+        torch.testing.assert_close(*pairs)
+        merge = torch.compile(
+            lambda one: ties_merge([one, two], density=0.5, backend="triton")[0],
+            backend="aot_eager", fullgraph=True,
+        )  # fmt: skip
+        one = [t.detach() for t in one]
+        assert torch.equal(merge(one), ties_merge([one, two], density=0.5, backend="triton")[0])
+
+    def test_head_curvature():
+        spec = find_spec("head_hessian_product")
+        case = spec.case("domains")
+        args = case.build(torch.float32)
+        names = ["features", "weight", "vectors"]
+
+        def loss(backend, *tensors):
+            given = {**args.tensors, **dict(zip(names, tensors, strict=True))}
+            return args.run(spec.op, given, backend)[0].square().sum()
+
+        compiled = torch.compile(loss, fullgraph=True, backend="eager")
+        leaves = [args.tensors[n].requires_grad_() for n in names]
+        found = torch.autograd.grad(compiled("triton", *leaves), leaves)
+        want = torch.autograd.grad(loss("reference", *leaves), leaves)
+        torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
 
     def _told(op, *given):
         torch.library.opcheck(op, given, test_utils=("test_schema", "test_faketensor"))
 
     def _raw_calls():
-        """The sample calls of the C++ ops whose Triton kernel is an op too."""
+        """The sample calls of the C++ ops whose Triton kernel is an op too, by name. Those with
+        gradients are left out: what is told is the same."""
+        found = {}
         for spec in all_specs():
             for call in () if spec.raw_calls is None else spec.raw_calls("cpu"):
                 twin = getattr(OPS, f"{call.op.__name__}_triton", None)
-                if twin is not None:
-                    yield pytest.param(twin, call, id=f"{twin.__name__}, {call.name}")
+                leaves = torch.utils._pytree.tree_leaves(call.args)
+                still = not any(isinstance(t, torch.Tensor) and t.requires_grad for t in leaves)
+                if twin is not None and still:
+                    found[f"{twin.__name__}, {call.name}"] = (twin, call.args)
+        return found
 
-    @pytest.mark.parametrize(("op", "call"), list(_raw_calls()))
-    def test_what_the_compiler_is_told(op, call):
+    RAW = _raw_calls()
+
+    @pytest.mark.parametrize("name", RAW)
+    def test_what_the_compiler_is_told(name):
         """Shapes, strides and dtypes of the results, as the kernels have them."""
-        _told(op, *call.args)
+        op, given = RAW[name]
+        _told(op, *given)
+
+    def test_what_the_compiler_is_told_of_row_codes():
+        _told(OPS.row_codes_triton, normal(5, 3), normal(4).sort().values, True)
 
     def test_what_the_compiler_is_told_of_attention():
         query, key, value, bias, mask, index = _source()
