@@ -121,23 +121,6 @@ else:
             assert moved[:4].isfinite().all()
             assert moved[26:].isfinite().all()
 
-    def test_traced():
-        """An op to torch.compile, with its gradients and those of these."""
-        spec = find_spec("head_hessian_product")
-        case = spec.case("domains")
-        args = case.build(torch.float32)
-        names = ["features", "weight", "vectors"]
-
-        def loss(backend, *tensors):
-            given = {**args.tensors, **dict(zip(names, tensors, strict=True))}
-            return args.run(spec.op, given, backend)[0].square().sum()
-
-        compiled = torch.compile(loss, fullgraph=True, backend="eager")
-        leaves = [args.tensors[n].requires_grad_() for n in names]
-        found = torch.autograd.grad(compiled("triton", *leaves), leaves)
-        want = torch.autograd.grad(loss("reference", *leaves), leaves)
-        torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
-
     def test_second_derivatives_are_composed():
         x, *head = _batch(4)
         x.requires_grad_()

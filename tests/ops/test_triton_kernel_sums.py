@@ -124,18 +124,6 @@ else:
             seconds.append(torch.autograd.grad(first.square().sum(), x)[0])
         torch.testing.assert_close(*seconds, rtol=1e-4, atol=1e-4)
 
-    def test_a_compiled_call_has_its_gradient():
-        x, y = rand(6, 3).requires_grad_(), rand(5, 3, seed=1)
-        weights = rand(5, seed=2).requires_grad_()
-
-        def call(x, weights):
-            return kernel_sums(x, y, 1.5, weights=weights, backend="triton").square().sum()
-
-        compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
-        pairs = [torch.autograd.grad(f(x, weights), (x, weights)) for f in (compiled, call)]
-        for found, want in zip(*pairs, strict=True):
-            torch.testing.assert_close(found, want)
-
     def test_float64_is_refused():
         with pytest.raises(RuntimeError, match="float64 is not one of"):
             kernel_sums(torch.ones(2, 2).double(), backend="triton")

@@ -125,14 +125,6 @@ else:
         assert found.status.max() == (1 if mode == "descent" or a[1].max() < 0 else 0)
         torch.testing.assert_close(found.weights, want.weights, rtol=0, atol=1e-10)
 
-    def test_what_torch_compile_is_told():
-        """Shapes and dtypes of the results, as the kernels have them."""
-        c, a = _gramians(2, 3, 4), _drawn(2, 3)
-        ops = torch.ops.transfuse
-        calls = [(ops.min_norm_simplex_triton, (c,)), (ops.pareto_lp_triton, (c, a, True))]
-        for op, arguments in calls:
-            torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
-
     def test_transforms():
         c = _gramians(4, 3, 5)
         mapped = torch.func.vmap(lambda c: min_norm_simplex(c, backend="triton"))(c)

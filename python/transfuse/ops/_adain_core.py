@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from transfuse import _triton_ops
 from transfuse._autograd import Differentiable, Tensors, dense, function
 from transfuse.ops._adain_reference import inverse, moments
 
@@ -41,12 +42,17 @@ class Kernels(NamedTuple):
 def kernels(backend: str) -> Kernels:
     """The raw ops of a backend."""
     if backend == "triton":
-        from transfuse.triton_kernels import adain
-
-        return Kernels(
-            adain.adain_forward, adain.adain_backward, adain.adain_jvp, jvp_backward_composed
-        )
+        names = ("adain_forward", "adain_backward", "adain_jvp")
+        triton = (_triton_ops.kernel("adain", name) for name in names)
+        return Kernels(*triton, jvp_backward_composed)
     ops = torch.ops.transfuse
+    if backend == _triton_ops.COMPILED:
+        return Kernels(
+            ops.adain_forward_triton,
+            ops.adain_backward_triton,
+            ops.adain_jvp_triton,
+            jvp_backward_composed,
+        )
     return Kernels(ops.adain_forward, ops.adain_backward, ops.adain_jvp, ops.adain_jvp_backward)
 
 

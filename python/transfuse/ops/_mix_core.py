@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from transfuse import _triton_ops
 from transfuse._autograd import Differentiable, Tensors, function, needs_derivative
 
 # A coefficient: the same for all samples, or float64 of shape (B,) or (1,).
@@ -73,7 +74,7 @@ def mix(
                 *torch.ops.transfuse.mix.default(list(inputs), None, numbers, len(rows), flat)
             )
     packed, coefficients = _pack(rows, inputs[0])
-    static = Static(len(inputs), len(rows), pairs, packed, backend)
+    static = Static(len(inputs), len(rows), pairs, packed, _triton_ops.traced(backend))
     tensors = (*inputs, coefficients)
     if needs_derivative(tensors) and not torch.compiler.is_compiling():
         results = call(static, tensors)
@@ -140,6 +141,14 @@ def _pack(
 # ---- the call over flat tensors ----------------------------------------------------------------
 
 
+def kernel(backend: str) -> Callable:
+    """The kernel of a backend, with the arguments of the C++ op."""
+    if backend == "triton":
+        return _triton_ops.kernel("mix", "mix")
+    ops = torch.ops.transfuse
+    return (ops.mix_triton if backend == _triton_ops.COMPILED else ops.mix).default
+
+
 def forward(static: Static, tensors: Tensors) -> tuple[Tensor, ...]:
     """Outputs, then the products, of (inputs..., coefficients or None)."""
     *inputs, coefficients = tensors
@@ -147,11 +156,7 @@ def forward(static: Static, tensors: Tensors) -> tuple[Tensor, ...]:
     numbers = [] if static.numbers is None else list(static.numbers)
     if coefficients is not None:
         coefficients = coefficients.contiguous()
-    if static.backend == "triton":
-        from transfuse.triton_kernels.mix import mix as kernel
-    else:
-        kernel = torch.ops.transfuse.mix.default
-    outputs, products = kernel(inputs, coefficients, numbers, static.outputs, flat)
+    outputs, products = kernel(static.backend)(inputs, coefficients, numbers, static.outputs, flat)
     return (*outputs, products)
 
 

@@ -1,14 +1,17 @@
-"""Fake kernel and autograd of the raw C++ op ``mix``: what ``torch.compile`` sees."""
+"""Fakes and autograd of the raw op ``mix``, C++ and Triton: what ``torch.compile`` sees."""
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
 
+from transfuse import _triton_ops
 from transfuse.ops import _mix_core as core
 from transfuse.ops._mix_core import Static
 
-_registered = False
+_registered: set[str] = set()
 _vjp, _ = core.rules(lambda: core.forward)
 
 
@@ -25,14 +28,14 @@ def _fake(inputs, coefficients, numbers, outputs, pairs):
     return [_result(first) for _ in range(outputs)], products
 
 
-def _setup(ctx, inputs, output) -> None:
+def _setup(ctx, inputs, output, backend: str) -> None:
     tensors, coefficients, numbers, outputs, pairs = inputs
     ctx.static = Static(
         len(tensors),
         outputs,
         tuple(zip(pairs[::2], pairs[1::2], strict=True)),
         tuple(numbers) if coefficients is None else None,
-        "cpu",  # the kernel of a raw op is chosen by the device, not by the name of a backend
+        backend,
     )
     ctx.filled = (len(numbers) > 0, len(pairs) > 0)
     ctx.set_materialize_grads(False)
@@ -50,10 +53,27 @@ def _backward(ctx, grads, products):
 
 
 def register() -> None:
-    """Attach the fake and autograd to the C++ op; called once, after the library is loaded."""
-    global _registered
-    if _registered:
+    """Attach fake and autograd to the C++ op; called once, after the library is loaded."""
+    # The kernel of a C++ op is chosen by the device, not by the name of a backend.
+    _attach("transfuse::mix", "cpu")
+
+
+def register_triton() -> None:
+    """Make the Triton kernel an op of torch, as the C++ one is. Imports no Triton."""
+    if _triton_ops.COMPILED in _registered:
         return
-    _registered = True
-    torch.library.register_fake("transfuse::mix", _fake)
-    torch.library.register_autograd("transfuse::mix", _backward, setup_context=_setup)
+    signature = (
+        "(Tensor[] inputs, Tensor? coefficients, float[] numbers, int outputs, int[] pairs) "
+        "-> (Tensor[], Tensor)"
+    )
+    _triton_ops.define("mix", "mix", signature, recorded=True)
+    _attach("transfuse::mix_triton", _triton_ops.COMPILED)
+
+
+def _attach(op: str, backend: str) -> None:
+    if backend in _registered:
+        return
+    _registered.add(backend)
+    torch.library.register_fake(op, _fake)
+    setup = functools.partial(_setup, backend=backend)
+    torch.library.register_autograd(op, _backward, setup_context=setup)

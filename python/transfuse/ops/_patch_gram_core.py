@@ -7,13 +7,14 @@ operations, so further derivatives are torch's.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transfuse import _autograd
+from transfuse import _autograd, _triton_ops
 from transfuse._autograd import Differentiable, Tensors, refuse_forward_over_forward
 from transfuse.ops._patch_gram_call import Geometry
 from transfuse.ops._patch_gram_reference import composed, patches, working_dtype
@@ -31,11 +32,14 @@ def forward(static: Static, tensors: Tensors) -> tuple[Tensor, ...]:
     (x,) = tensors
     if static.backend == "composed":
         return (composed(x, static.geometry),)
-    if static.backend == "triton":
-        from transfuse.triton_kernels import patch_gram
+    return (_kernel(static.backend)(x, *static.geometry),)
 
-        return (patch_gram.patch_gram(x, *static.geometry),)
-    return (torch.ops.transfuse.patch_gram(x, *static.geometry),)
+
+def _kernel(backend: str) -> Callable:
+    if backend == "triton":
+        return _triton_ops.kernel("patch_gram", "patch_gram")
+    ops = torch.ops.transfuse
+    return ops.patch_gram_triton if backend == _triton_ops.COMPILED else ops.patch_gram
 
 
 def gradient(x: Tensor, cotangent: Tensor, geometry: Geometry) -> Tensor:

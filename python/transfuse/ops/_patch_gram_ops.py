@@ -1,14 +1,15 @@
-"""Fake kernel and autograd of the raw C++ patch_gram op: what ``torch.compile`` sees."""
+"""Fakes and autograd of the raw patch_gram op, C++ and Triton: what ``torch.compile`` sees."""
 
 from __future__ import annotations
 
 import torch
 
+from transfuse import _triton_ops
 from transfuse.ops._patch_gram_call import Geometry
 from transfuse.ops._patch_gram_core import gradient
 from transfuse.ops._patch_gram_reference import working_dtype
 
-_registered = False
+_registered: set[str] = set()
 
 
 def _fake(x, kernel, stride, padding, dilation):
@@ -29,9 +30,21 @@ def _backward(ctx, grad):
 
 def register() -> None:
     """Attach fake and derivative to the C++ op; called once, after the library is loaded."""
-    global _registered
-    if _registered:
+    _attach("transfuse::patch_gram")
+
+
+def register_triton() -> None:
+    """Make the Triton kernel an op of torch, as the C++ one is. Imports no Triton."""
+    if "transfuse::patch_gram_triton" in _registered:
         return
-    _registered = True
-    torch.library.register_fake("transfuse::patch_gram", _fake)
-    torch.library.register_autograd("transfuse::patch_gram", _backward, setup_context=_setup)
+    signature = "(Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation) -> Tensor"
+    _triton_ops.define("patch_gram", "patch_gram", signature, recorded=True)
+    _attach("transfuse::patch_gram_triton")
+
+
+def _attach(op: str) -> None:
+    if op in _registered:
+        return
+    _registered.add(op)
+    torch.library.register_fake(op, _fake)
+    torch.library.register_autograd(op, _backward, setup_context=_setup)

@@ -6,12 +6,13 @@ Values come from a kernel, derivatives of every order from the definition: a rul
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from transfuse import _autograd
+from transfuse import _autograd, _triton_ops
 from transfuse._autograd import (
     Differentiable,
     Tensors,
@@ -21,6 +22,14 @@ from transfuse._autograd import (
 )
 from transfuse.ops._saliency_call import PHASES1, Plan
 from transfuse.ops._saliency_reference import normgrad, weighted_map
+
+
+def _kernel(backend: str, name: str) -> Callable:
+    """The kernel of an op by a backend, with the arguments of the C++ op."""
+    if backend == "triton":
+        return _triton_ops.kernel("saliency", name)
+    ending = "_triton" if backend == _triton_ops.COMPILED else ""
+    return getattr(torch.ops.transfuse, name + ending)
 
 
 class Weighted(NamedTuple):
@@ -37,11 +46,7 @@ class Weighted(NamedTuple):
         return weighted_map(act, grad, self.method)
 
     def kernel(self, act: Tensor, grad: Tensor) -> Tensor:
-        if self.backend == "triton":
-            from transfuse.triton_kernels import saliency
-
-            return saliency.grad_weighted_map(act, grad, self.method)
-        return torch.ops.transfuse.grad_weighted_map(act, grad, self.method)
+        return _kernel(self.backend, "grad_weighted_map")(act, grad, self.method)
 
 
 class Normed(NamedTuple):
@@ -59,11 +64,7 @@ class Normed(NamedTuple):
 
     def kernel(self, act: Tensor, grad: Tensor) -> Tensor:
         arguments = (self.plan.grid, self.plan.phase1, self.plan.phase2, *self.plan.geometry)
-        if self.backend == "triton":
-            from transfuse.triton_kernels import saliency
-
-            return saliency.normgrad_map(act, grad, *arguments)
-        return torch.ops.transfuse.normgrad_map(act, grad, *arguments)
+        return _kernel(self.backend, "normgrad_map")(act, grad, *arguments)
 
 
 Static = Weighted | Normed
@@ -128,4 +129,4 @@ def call(static: Static, act: Tensor, grad: Tensor) -> Tensor:
     watched = needs_derivative((act, grad))
     if watched and not torch.compiler.is_compiling():
         return function(static, (act, grad))[0]
-    return forward(static, (act, grad))[0]
+    return forward(static._replace(backend=_triton_ops.traced(static.backend)), (act, grad))[0]

@@ -1,13 +1,14 @@
-"""Fake kernels and autograd of the raw C++ saliency ops: what ``torch.compile`` sees."""
+"""Fakes and autograd of the raw saliency ops, C++ and Triton: what ``torch.compile`` sees."""
 
 from __future__ import annotations
 
 import torch
 
+from transfuse import _triton_ops
 from transfuse.ops._saliency_call import Geometry, Plan, working_dtype
 from transfuse.ops._saliency_core import Normed, Weighted, gradients
 
-_registered = False
+_registered: set[str] = set()
 
 
 def _fake_weighted(act, grad, method):
@@ -39,15 +40,35 @@ def _backward_normed(ctx, cotangent):
     return *gradients(ctx.static, *ctx.saved_tensors, cotangent), *([None] * 7)
 
 
+_SCHEMAS = {
+    "grad_weighted_map": "(Tensor act, Tensor grad, int method) -> Tensor",
+    "normgrad_map": "(Tensor act, Tensor grad, int[] grid, int phase1, int phase2, int[] kernel, "
+    "int[] stride, int[] padding, int[] dilation) -> Tensor",
+}
+
+
 def register() -> None:
     """Attach fakes and derivatives to the C++ ops; called once, after the library is loaded."""
-    global _registered
-    if _registered:
+    _attach("")
+
+
+def register_triton() -> None:
+    """Make the Triton kernels ops of torch, as the C++ ones are. Imports no Triton."""
+    if "_triton" in _registered:
         return
-    _registered = True
+    for name, signature in _SCHEMAS.items():
+        _triton_ops.define("saliency", name, signature, recorded=True)
+    _attach("_triton")
+
+
+def _attach(ending: str) -> None:
+    if ending in _registered:
+        return
+    _registered.add(ending)
     for name, fake, setup, backward in (
         ("grad_weighted_map", _fake_weighted, _setup_weighted, _backward_weighted),
         ("normgrad_map", _fake_normed, _setup_normed, _backward_normed),
     ):
-        torch.library.register_fake(f"transfuse::{name}", fake)
-        torch.library.register_autograd(f"transfuse::{name}", backward, setup_context=setup)
+        op = f"transfuse::{name}{ending}"
+        torch.library.register_fake(op, fake)
+        torch.library.register_autograd(op, backward, setup_context=setup)

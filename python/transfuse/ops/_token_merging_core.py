@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from transfuse import _triton_ops
 from transfuse._autograd import (
     Differentiable,
     Tensors,
@@ -50,19 +51,16 @@ class Kernels(NamedTuple):
     push: Callable
 
 
+NAMES = ("nearest_tokens", "merge_segments", "merge_gather", "merge_amax", "push_tokens")
+
+
 def kernels(backend: str) -> Kernels:
     """The raw ops of a backend."""
     if backend == "triton":
-        from transfuse.triton_kernels import token_merging as triton
-
-        return Kernels(
-            triton.nearest_tokens,
-            triton.merge_segments,
-            triton.merge_gather,
-            triton.merge_amax,
-            triton.push_tokens,
-        )
+        return Kernels(*(_triton_ops.kernel("token_merging", name) for name in NAMES))
     ops = torch.ops.transfuse
+    if backend == _triton_ops.COMPILED:
+        return Kernels(*(getattr(ops, f"{name}_triton") for name in NAMES))
     return Kernels(
         ops.nearest_tokens, ops.merge_segments, ops.merge_gather, ops.merge_amax, ops.push_tokens
     )
@@ -160,6 +158,8 @@ def rules(table: Callable[[], Calls]) -> dict[str, tuple[Callable, Callable]]:
     def slopes(static: Static, x: Tensor, reference: Tensor, index: Tensor, plan: Tensors):
         """d similarity / d x and / d (the reference that was found)."""
         wide = accumulate(x.dtype)
+        # A raw op, unlike a Function, is given a shared reference as it is.
+        reference = reference.expand(index.shape[0], -1, -1)
         (found,) = table().gather(static._replace(weighting=SUM), (reference, None, *plan))
         u, scale_u = unit(x.to(wide))
         v, scale_v = unit(found.to(wide))

@@ -1,15 +1,16 @@
-"""Fake kernels and autograd of the raw C++ token merging ops: what ``torch.compile`` sees."""
+"""Fakes and autograd of the raw token merging ops, C++ and Triton: what ``torch.compile`` sees."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from transfuse import _triton_ops
 from transfuse.ops import _token_merging_core as core
 from transfuse.ops._token_merging_core import Calls, Static
 from transfuse.ops._token_merging_reference import accumulate
 
-_registered = False
+_registered: set[str] = set()
 _RULES = core.rules(lambda: Calls(core.segments, core.gather))
 
 
@@ -49,17 +50,27 @@ _OPS = {
     "merge_amax": ("amax", _fake_amax, 4, ("winners",)),
     "push_tokens": ("push", _fake_push, 4, ("alpha", "threshold")),
 }
+_PLAN = "Tensor? scale, Tensor rows, Tensor order, Tensor start, int weighting"
+_SCHEMAS = {
+    "nearest_tokens": "(Tensor x, Tensor reference, Tensor? mask, bool exclude_self) "
+    "-> (Tensor, Tensor)",
+    "merge_segments": f"(Tensor x, {_PLAN}) -> Tensor",
+    "merge_gather": f"(Tensor y, {_PLAN}) -> Tensor",
+    "merge_amax": "(Tensor x, Tensor rows, Tensor order, Tensor start, bool winners) "
+    "-> (Tensor, Tensor)",
+    "push_tokens": "(Tensor x, Tensor reference, Tensor similarity, Tensor index, float alpha, "
+    "float threshold) -> Tensor",
+}
 
 
-def _attach(op: str, rule: str, count: int, fields: tuple[str, ...]) -> None:
+def _differentiate(op: str, rule: str, count: int, fields: tuple[str, ...], backend: str) -> None:
     vjp, _ = _RULES[rule]
 
     def setup(ctx, inputs, output) -> None:
-        # The kernel of a raw op is chosen by the device, not by the name of a backend.
         options = dict(zip(fields, inputs[count:], strict=True))
         if not options.pop("winners", True):
             raise ValueError("merge_amax: expected winners=True where a gradient is needed")
-        ctx.static = Static("cpu", **options)
+        ctx.static = Static(backend, **options)
         ctx.set_materialize_grads(False)
         outputs = (output,) if isinstance(output, Tensor) else tuple(output)
         ctx.save_for_backward(*inputs[:count], *outputs)
@@ -70,16 +81,31 @@ def _attach(op: str, rule: str, count: int, fields: tuple[str, ...]) -> None:
         found = vjp(ctx.static, saved[:count], saved[count:], grads, needs)
         return (*found, *([None] * len(fields)))
 
-    torch.library.register_autograd(f"transfuse::{op}", backward, setup_context=setup)
+    torch.library.register_autograd(op, backward, setup_context=setup)
 
 
 def register() -> None:
     """Attach fakes and autograd to the C++ ops; called once, after the library is loaded."""
-    global _registered
-    if _registered:
+    # The kernel of a C++ op is chosen by the device, not by the name of a backend.
+    if _attach("", "cpu"):
+        torch.library.register_fake("transfuse::match_tokens", _fake_match)
+
+
+def register_triton() -> None:
+    """Make the Triton kernels ops of torch, as the C++ ones are. Imports no Triton."""
+    if _triton_ops.COMPILED in _registered:
         return
-    _registered = True
-    torch.library.register_fake("transfuse::match_tokens", _fake_match)
+    for name, signature in _SCHEMAS.items():
+        _triton_ops.define("token_merging", name, signature, recorded=True)
+    _attach("_triton", _triton_ops.COMPILED)
+
+
+def _attach(ending: str, backend: str) -> bool:
+    """Whether there was something to attach: nothing is attached twice."""
+    if backend in _registered:
+        return False
+    _registered.add(backend)
     for op, (rule, fake, count, fields) in _OPS.items():
-        torch.library.register_fake(f"transfuse::{op}", fake)
-        _attach(op, rule, count, fields)
+        torch.library.register_fake(f"transfuse::{op}{ending}", fake)
+        _differentiate(f"transfuse::{op}{ending}", rule, count, fields, backend)
+    return True

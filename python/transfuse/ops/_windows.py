@@ -46,9 +46,9 @@ class Grid(NamedTuple):
 def grid_of(numbers: Sequence[int]) -> tuple[Grid, int]:
     """The grid, and the kind of bias, of which :meth:`Grid.numbers` are these."""
     axes, *rest = numbers
-    per_axis = [tuple(rest[at * axes : (at + 1) * axes]) for at in range(3)]
+    size, window, shift = (tuple(rest[at * axes : (at + 1) * axes]) for at in range(3))
     wrap, pad, bias = rest[3 * axes :]
-    return Grid(*per_axis, wrap, pad), bias
+    return Grid(size, window, shift, wrap, pad), bias
 
 
 class Tables(NamedTuple):

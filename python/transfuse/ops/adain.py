@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from transfuse import _backend, _native
+from transfuse import _backend, _native, _triton_ops
 from transfuse._autograd import needs_derivative
 from transfuse.ops import _adain_core, _adain_ops
 from transfuse.ops._adain_call import normalise
@@ -17,6 +17,7 @@ from transfuse.ops._adain_reference import adain_reference, composed
 __all__ = ["adain"]
 
 _backend.declare("adain", ("reference", "cpu", "triton", "cuda"))
+_adain_ops.register_triton()
 if _native.status().loaded:
     _adain_ops.register()
 
@@ -85,7 +86,7 @@ def adain(
     chosen = _backend.choose("adain", backend, content.device, content.dtype)
     if chosen == "composed":
         return composed(content, style, axes, eps)
-    static = Static(axes, eps, chosen)
+    static = Static(axes, eps, _triton_ops.traced(chosen))
     if needs_derivative((content, style)) and not torch.compiler.is_compiling():
         return _adain_core.functions.forward(static, (content, style))[0]
     return _adain_core.forward(static, (content, style))[0]

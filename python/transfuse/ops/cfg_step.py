@@ -28,6 +28,7 @@ __all__ = [
 ]
 
 _backend.declare("cfg_step", ("reference", "cpu", "triton", "cuda"))
+_mix_ops.register_triton()
 if _native.status().loaded:
     _mix_ops.register()
 

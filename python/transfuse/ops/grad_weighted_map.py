@@ -13,6 +13,7 @@ from transfuse.ops._saliency_reference import weighted_map
 __all__ = ["grad_weighted_map"]
 
 _backend.declare("grad_weighted_map", ("reference", "cpu", "triton", "cuda"))
+_saliency_ops.register_triton()
 if _native.status().loaded:
     _saliency_ops.register()
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from transfuse import _backend, _checks, _native
+from transfuse import _backend, _checks, _native, _triton_ops
 from transfuse._autograd import needs_derivative
 from transfuse.ops import _nes_reference
 
@@ -73,7 +75,7 @@ def nes_perturb(
     _refuse_derivatives("nes_perturb", x)
     if chosen is None:
         return _nes_reference.perturb(x, count, sigma, seed, start, mask)
-    return _kernels(chosen).nes_perturb(x.contiguous(), mask, _signed(seed), start, count, sigma)
+    return _kernel(chosen, "nes_perturb")(x.contiguous(), mask, _signed(seed), start, count, sigma)
 
 
 def nes_gradient(
@@ -137,7 +139,7 @@ def nes_gradient(
         return _nes_reference.gradient(weights, like, seed, start, mask)
     # Only the shape, dtype and device of the tensor matter.
     like = like.detach().contiguous()
-    return _kernels(chosen).nes_gradient(weights, like, mask, _signed(seed), start)
+    return _kernel(chosen, "nes_gradient")(weights, like, mask, _signed(seed), start)
 
 
 def _checked_tensor(name: str, value: object) -> Tensor:
@@ -189,12 +191,12 @@ def _refuse_derivatives(op: str, *tensors: Tensor) -> None:
         )
 
 
-def _kernels(backend: str):
+def _kernel(backend: str, name: str) -> Callable:
+    if _triton_ops.traced(backend) == _triton_ops.COMPILED:
+        return getattr(torch.ops.transfuse, f"{name}_triton")
     if backend == "triton":
-        from transfuse.triton_kernels import nes
-
-        return nes
-    return torch.ops.transfuse
+        return _triton_ops.kernel("nes", name)
+    return getattr(torch.ops.transfuse, name)
 
 
 def _fake_perturb(x, mask, seed, start, samples, sigma):
@@ -205,6 +207,20 @@ def _fake_gradient(weights, x, mask, seed, start):
     return x.new_empty(x.shape, dtype=_nes_reference.working_dtype(x))
 
 
-if _native.status().loaded:
-    torch.library.register_fake("transfuse::nes_perturb", _fake_perturb)
-    torch.library.register_fake("transfuse::nes_gradient", _fake_gradient)
+for _name, _schema, _fake in (
+    (
+        "nes_perturb",
+        "(Tensor x, Tensor? mask, SymInt seed, SymInt start, SymInt samples, float sigma) "
+        "-> Tensor",
+        _fake_perturb,
+    ),
+    (
+        "nes_gradient",
+        "(Tensor weights, Tensor x, Tensor? mask, SymInt seed, SymInt start) -> Tensor",
+        _fake_gradient,
+    ),
+):
+    _triton_ops.define("nes", _name, _schema, recorded=True)
+    torch.library.register_fake(f"transfuse::{_name}_triton", _fake)
+    if _native.status().loaded:
+        torch.library.register_fake(f"transfuse::{_name}", _fake)

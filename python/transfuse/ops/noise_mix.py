@@ -13,6 +13,7 @@ from transfuse.ops._sampler_updates import sample_numbers
 __all__ = ["NoisyVelocity", "noise_mix", "noise_mix_with_velocity"]
 
 _backend.declare("noise_mix", ("reference", "cpu", "triton", "cuda"))
+_mix_ops.register_triton()
 if _native.status().loaded:
     _mix_ops.register()
 

@@ -15,6 +15,7 @@ from transfuse.ops._saliency_reference import normgrad
 __all__ = ["normgrad_map"]
 
 _backend.declare("normgrad_map", ("reference", "cpu", "triton", "cuda"))
+_saliency_ops.register_triton()
 if _native.status().loaded:
     _saliency_ops.register()
 

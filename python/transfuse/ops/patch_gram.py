@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from transfuse import _backend, _native
+from transfuse import _backend, _native, _triton_ops
 from transfuse._autograd import needs_derivative
 from transfuse.ops import _patch_gram_core, _patch_gram_ops
 from transfuse.ops._patch_gram_call import normalise
@@ -17,6 +17,7 @@ from transfuse.ops._patch_gram_reference import composed, defined
 __all__ = ["patch_gram"]
 
 _backend.declare("patch_gram", ("reference", "cpu", "triton"))
+_patch_gram_ops.register_triton()
 if _native.status().loaded:
     _patch_gram_ops.register()
 
@@ -82,7 +83,7 @@ def patch_gram(
     chosen = _backend.choose("patch_gram", backend, x.device, x.dtype)
     if backend is None and geometry.apart:
         chosen = "composed"
-    static = Static(geometry, chosen)
+    static = Static(geometry, _triton_ops.traced(chosen))
     if needs_derivative((x,)) and not torch.compiler.is_compiling():
         return _patch_gram_core.function(static, (x[None],))[0][0]
     if chosen == "composed":

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from transfuse import _backend, _checks, _native
+from transfuse import _backend, _checks, _native, _triton_ops
 from transfuse.ops._row_codes_reference import codes_of
 
 __all__ = ["RowCodes", "RowGroups", "row_codes", "row_groups"]
@@ -23,6 +23,13 @@ def _fake(x, edges, wrap):
     return x.new_empty((x.shape[0], 2), dtype=torch.int64), x.new_empty((2,), dtype=torch.int64)
 
 
+_triton_ops.define(
+    "row_codes",
+    "row_codes",
+    "(Tensor x, Tensor? edges, bool wrap) -> (Tensor, Tensor)",
+    recorded=True,
+)
+torch.library.register_fake("transfuse::row_codes_triton", _fake)
 if _native.status().loaded:
     torch.library.register_fake("transfuse::row_codes", _fake)
 
@@ -88,13 +95,14 @@ def row_codes(
         edges = edges.detach().to(torch.float32).contiguous()
         if edges.shape[0] < 1 or not bool((edges[1:] >= edges[:-1]).all() & edges.isfinite().all()):
             raise ValueError("edges: expected at least one, finite and ascending")
-    chosen = _backend.choose("row_codes", backend, x.device, x.dtype)
+    chosen = _triton_ops.traced(_backend.choose("row_codes", backend, x.device, x.dtype))
     if chosen == "cpu":
         codes, counts = torch.ops.transfuse.row_codes(x.detach(), edges, wrap)
     elif chosen == "triton":
-        from transfuse.triton_kernels import row_codes as kernels
-
-        codes, counts = kernels.row_codes(x.detach().resolve_neg(), edges, wrap)
+        kernel = _triton_ops.kernel("row_codes", "row_codes")
+        codes, counts = kernel(x.detach().resolve_neg(), edges, wrap)
+    elif chosen == _triton_ops.COMPILED:
+        codes, counts = torch.ops.transfuse.row_codes_triton(x.detach(), edges, wrap)
     else:
         codes, counts = codes_of(x.detach(), edges, wrap)
     missing, below = counts.tolist()

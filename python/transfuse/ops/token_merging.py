@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from transfuse import _backend, _native
+from transfuse import _backend, _native, _triton_ops
 from transfuse._autograd import needs_derivative
 from transfuse.ops import _token_merging_call as call
 from transfuse.ops import _token_merging_core as core
@@ -35,6 +35,7 @@ __all__ = [
 
 for _name in ("nearest_tokens", "match_tokens", "merge_tokens", "unmerge_tokens", "push_tokens"):
     _backend.declare(_name, ("reference", "cpu", "triton", "cuda"))
+_token_merging_ops.register_triton()
 if _native.status().loaded:
     _token_merging_ops.register()
 
@@ -49,7 +50,8 @@ class Nearest(NamedTuple):
 def _chosen(name: str, backend: str | None, x: Tensor) -> str:
     chosen = _backend.choose(name, backend, x.device, x.dtype)
     # Both are eager torch; "composed" is what runs where nobody asked for the reference.
-    return "composed" if chosen == "reference" or x.numel() == 0 else chosen
+    eager = chosen == "reference" or x.numel() == 0
+    return "composed" if eager else _triton_ops.traced(chosen)
 
 
 def _eager_derivative(*tensors: Tensor | None) -> bool:

@@ -355,7 +355,9 @@ def _fake(query, key, value, bias, windows, scale):
 # The kernel's index tables are made for the device by the first call, and kept.
 _triton_ops.wrap(
     "window_attention",
-    lambda *given: _launch(*given[:4], *_windows.grid_of(given[4]), given[5]),
+    lambda query, key, value, bias, windows, scale: _launch(
+        query, key, value, bias, *_windows.grid_of(windows), scale
+    ),
     "(Tensor query, Tensor key, Tensor value, Tensor? bias, int[] windows, float scale) -> Tensor",
     recorded=False,
 )

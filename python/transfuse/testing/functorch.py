@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -150,17 +150,6 @@ def run(
         dtype=None if check.units == oracle.VALUE_UNITS else dtype,
     )
     return Outcome("wrong", "; ".join(problems)) if problems else Outcome("right")
-
-
-def assert_compiles(
-    spec: OpSpec, case: str, *, backend: str, dtype: torch.dtype = torch.float32
-) -> None:
-    """Raise unless one graph gives the values of a case, with symbolic sizes, and its gradients."""
-    names = ["compile, dynamic"] + (["compile, backward"] if spec.underivable is None else [])
-    for check in (c for c in CHECKS if c.name in names):
-        outcome = run(check, spec, spec.case(case), backend=backend, dtype=dtype)
-        if outcome.status != "right":
-            raise AssertionError(f"{check.name}: {outcome.status}: {outcome.detail}")
 
 
 def _promised_refusal(check: Check, probe: Probe) -> Outcome:
@@ -512,17 +501,37 @@ def _compile_forward(probe: Probe) -> Sequence[Tensor]:
     return _compiled(lambda tensors: probe.fn(tensors))(probe.tensors)
 
 
-def _compile_dynamic(probe: Probe) -> Sequence[Tensor]:
-    # Symbolic sizes only: dynamic=True would also make the options (a group number) symbolic.
-    for tensor in probe.tensors.values():
+def _symbolic(tensors: Iterable[Tensor]) -> None:
+    """Symbolic sizes only: dynamic=True would also make the options (a group number) symbolic."""
+    for tensor in tensors:
         for dim in range(tensor.dim()):
             torch._dynamo.maybe_mark_dynamic(tensor, dim)
+
+
+def _compile_dynamic(probe: Probe) -> Sequence[Tensor]:
+    _symbolic(probe.tensors.values())
     return _compile_forward(probe)
 
 
 def _compile_backward(probe: Probe) -> Sequence[Tensor]:
     named = [t.requires_grad_() for t in probe.named]
     return torch.autograd.grad(_compiled(probe.loss)(*named), named, materialize_grads=True)
+
+
+def _compile_both(probe: Probe) -> Sequence[Tensor]:
+    """Values and gradients of one graph with symbolic sizes."""
+    named = [t.requires_grad_() for t in probe.named]
+    _symbolic((*probe.tensors.values(), *named))
+    results = _compiled(probe.of_named)(*named)
+    loss = _pair(results, probe.cotangents)
+    return [
+        *(r.detach() for r in results),
+        *torch.autograd.grad(loss, named, materialize_grads=True),
+    ]
+
+
+def _both(probe: Probe) -> Sequence[Tensor]:
+    return [*_values(probe), *_gradients(probe)]
 
 
 def _compile_inductor(probe: Probe) -> Sequence[Tensor]:
@@ -607,3 +616,6 @@ CHECKS: tuple[Check, ...] = (
     Check("compile, func.jvp", "compile", _compile_func_jvp, _tangents, _ALONG),
     Check("compile, func.vmap", "compile", _compile_func_vmap, _loop_named, _ONE),
 )
+
+# One compilation in place of two, for runs that cannot afford both (Triton's interpreter).
+COMPILED = Check("compile, values and gradients", "compile", _compile_both, _both, _TWO)
