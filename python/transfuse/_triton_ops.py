@@ -15,11 +15,6 @@ import torch
 COMPILED = "triton op"
 
 
-def kernel(module: str, name: str) -> Callable:
-    """A function of ``transfuse.triton_kernels``, which is imported when it is first needed."""
-    return getattr(importlib.import_module(f"transfuse.triton_kernels.{module}"), name)
-
-
 def raw_ops(module: str, backend: str, *names: str) -> tuple[Callable, ...]:
     """The raw ops of a backend by their names in the C++ library.
 
@@ -30,6 +25,11 @@ def raw_ops(module: str, backend: str, *names: str) -> tuple[Callable, ...]:
         return tuple(kernel(module, name) for name in names)
     suffix = "_triton" if backend == COMPILED else ""
     return tuple(getattr(torch.ops.transfuse, name + suffix) for name in names)
+
+
+def kernel(module: str, name: str) -> Callable:
+    """A function of ``transfuse.triton_kernels``, which is imported when it is first needed."""
+    return getattr(importlib.import_module(f"transfuse.triton_kernels.{module}"), name)
 
 
 def define(module: str, name: str, signature: str, *, recorded: bool) -> None:
