@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -39,7 +40,9 @@ class Segments(NamedTuple):
         return result if self.given else result[0]
 
 
-class Head(NamedTuple):
+# No named tuple: torch 2.10's compiler does not know properties of one that it saw being made.
+@dataclass(frozen=True)
+class Head:
     """The checked arguments of a call, floating tensors in working precision."""
 
     features: Tensor
@@ -55,7 +58,7 @@ class Head(NamedTuple):
     @property
     def width(self) -> int:
         """Columns D of a result: d, and one more with a bias."""
-        return self.weight.shape[1] + (self.bias is not None)
+        return self.weight.shape[1] + int(self.bias is not None)
 
 
 def working_dtype(*tensors: Tensor | None) -> torch.dtype:

@@ -204,7 +204,7 @@ def _numbers(weights) -> tuple[list[float], list[Tensor | None]]:
 
 def _fused(call: Normalised, backend: str) -> tuple[Tensor, Tensor]:
     """Everything in one kernel; not differentiable."""
-    if call.is_core:
+    if call.is_core():
         return raw(backend).forward(
             call.query,
             call.keys,
