@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +13,9 @@ from torch import Tensor
 from transfuse import _checks
 
 
-class Segments(NamedTuple):
+# No named tuples: torch 2.10's compiler does not know properties of one that it saw being made.
+@dataclass(frozen=True)
+class Segments:
     """Domains as stretches of the batch; ``given`` is False for a call without segments."""
 
     bounds: tuple[int, ...]
@@ -40,7 +41,6 @@ class Segments(NamedTuple):
         return result if self.given else result[0]
 
 
-# No named tuple: torch 2.10's compiler does not know properties of one that it saw being made.
 @dataclass(frozen=True)
 class Head:
     """The checked arguments of a call, floating tensors in working precision."""
