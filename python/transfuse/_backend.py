@@ -24,6 +24,17 @@ _KERNEL_DTYPES = {
 }
 
 
+def _triton_installed() -> bool:
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ValueError:  # a stand-in without a spec
+        return False
+
+
+# Asked once: torch 2.10's compiler does not go into find_spec.
+_TRITON_INSTALLED = _triton_installed()
+
+
 # ``limit(*tensors)`` of a call: why a backend does not take tensors of these shapes, or None.
 Limit = Callable[..., str | None]
 
@@ -97,7 +108,7 @@ def why_not(
         state = _native.status()
         return None if state.loaded else state.reason
     if backend == "triton":
-        if importlib.util.find_spec("triton") is None:
+        if not _TRITON_INSTALLED:
             return "triton is not installed; install the extra transfuse[triton]"
         if device.type != "cuda" and not _interpreting():
             return f"the tensors are on {device}, Triton kernels need a CUDA device"

@@ -15,11 +15,6 @@ import torch
 COMPILED = "triton op"
 
 
-def kernel(module: str, name: str) -> Callable:
-    """A function of ``transfuse.triton_kernels``, which is imported when it is first needed."""
-    return getattr(importlib.import_module(f"transfuse.triton_kernels.{module}"), name)
-
-
 def traced(backend: str) -> str:
     """The backend a call goes on with: that of the ops where ``torch.compile`` traces Triton."""
     return COMPILED if backend == "triton" and torch.compiler.is_compiling() else backend
@@ -35,6 +30,11 @@ def raw_ops(module: str, backend: str, *names: str) -> tuple[Callable, ...]:
         return tuple(kernel(module, name) for name in names)
     suffix = "_triton" if backend == COMPILED else ""
     return tuple(getattr(torch.ops.transfuse, name + suffix) for name in names)
+
+
+def kernel(module: str, name: str) -> Callable:
+    """A function of ``transfuse.triton_kernels``, which is imported when it is first needed."""
+    return getattr(importlib.import_module(f"transfuse.triton_kernels.{module}"), name)
 
 
 def define(module: str, name: str, signature: str, *, recorded: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,7 +13,9 @@ from torch import Tensor
 from transfuse import _checks
 
 
-class Segments(NamedTuple):
+# No named tuples: torch 2.10's compiler does not know properties of one that it saw being made.
+@dataclass(frozen=True)
+class Segments:
     """Domains as stretches of the batch; ``given`` is False for a call without segments."""
 
     bounds: tuple[int, ...]
@@ -39,7 +41,8 @@ class Segments(NamedTuple):
         return result if self.given else result[0]
 
 
-class Head(NamedTuple):
+@dataclass(frozen=True)
+class Head:
     """The checked arguments of a call, floating tensors in working precision."""
 
     features: Tensor
@@ -55,7 +58,7 @@ class Head(NamedTuple):
     @property
     def width(self) -> int:
         """Columns D of a result: d, and one more with a bias."""
-        return self.weight.shape[1] + (self.bias is not None)
+        return self.weight.shape[1] + int(self.bias is not None)
 
 
 def working_dtype(*tensors: Tensor | None) -> torch.dtype:

@@ -149,7 +149,7 @@ _RULES = rules(lambda: Calls(forward, backward))
 
 
 def _fake_forward(x, weight, bias, targets, vectors, offsets):
-    width, classes = x.shape[1] + (bias is not None), weight.shape[0]
+    width, classes = x.shape[1] + int(bias is not None), weight.shape[0]
     p = x.new_empty((x.shape[0], classes))
     u = x.new_empty((0 if vectors is None else x.shape[0], classes))
     return x.new_empty((len(offsets) - 1, classes, width)), p, torch.empty_like(p), u

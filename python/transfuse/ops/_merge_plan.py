@@ -40,22 +40,36 @@ class MergePlan(NamedTuple):
     @property
     def token_count(self) -> int:
         """N, the number of tokens before merging."""
-        return self.rows.shape[1]
+        return tokens_of(self)
 
     @property
     def row_count(self) -> int:
         """R, the number of tokens after merging."""
-        return self.start.shape[1] - 1
+        return rows_of(self)
 
     @property
     def survivors(self) -> Tensor:
         """(B, R): the token that gave each row its place."""
-        return self.order.gather(1, self.start[:, :-1])
+        return survivors_of(self)
 
     @property
     def sizes(self) -> Tensor:
         """(B, R): how many tokens each row holds."""
         return self.start.diff(dim=1)
+
+
+# The same as functions, for calls that are compiled: torch 2.10's compiler does not know properties
+# of a named tuple that it saw being made.
+def tokens_of(plan: MergePlan) -> int:
+    return plan.rows.shape[1]
+
+
+def rows_of(plan: MergePlan) -> int:
+    return plan.start.shape[1] - 1
+
+
+def survivors_of(plan: MergePlan) -> Tensor:
+    return plan.order.gather(1, plan.start[:, :-1])
 
 
 class Roles(NamedTuple):
@@ -163,10 +177,10 @@ def compose_plans(first: MergePlan, second: MergePlan) -> MergePlan:
     for name, plan in (("first", first), ("second", second)):
         if not isinstance(plan, MergePlan):
             raise TypeError(f"{name}: expected a MergePlan, got {_checks.describe(plan)}")
-    if second.token_count != first.row_count:
+    if tokens_of(second) != rows_of(first):
         raise ValueError(
-            f"second: expected a plan for {first.row_count} tokens (the rows of first), "
-            f"got one for {second.token_count}"
+            f"second: expected a plan for {rows_of(first)} tokens (the rows of first), "
+            f"got one for {tokens_of(second)}"
         )
     batch = max(first.rows.shape[0], second.rows.shape[0])
     for name, plan in (("first", first), ("second", second)):
@@ -174,6 +188,6 @@ def compose_plans(first: MergePlan, second: MergePlan) -> MergePlan:
             raise ValueError(f"{name}: expected batch {batch} or 1, got {plan.rows.shape[0]}")
     first, second = (MergePlan(*(t.expand(batch, -1) for t in plan)) for plan in (first, second))
     rows = second.rows.gather(1, first.rows)
-    survivors = first.survivors.gather(1, second.survivors)
+    survivors = survivors_of(first).gather(1, survivors_of(second))
     last = torch.ones_like(rows, dtype=torch.bool).scatter(1, survivors, False)
-    return MergePlan(rows, *segments_of(rows, last, second.row_count))
+    return MergePlan(rows, *segments_of(rows, last, rows_of(second)))

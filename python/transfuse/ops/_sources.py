@@ -130,8 +130,7 @@ class Normalised(NamedTuple):
     groups: list[int]  # 0 .. G-1
     gates: list[float | Tensor]  # one per GROUP: float or aligned (B, H, N)
 
-    @property
-    def is_core(self) -> bool:
+    def is_core(self) -> bool:  # no property: torch 2.10's compiler has none of a named tuple
         """One softmax over unblended tensors with gate 1: the raw core computes it alone."""
         if len(self.gates) != 1 or self.query_other is not None:
             return False
@@ -214,7 +213,9 @@ def autocast(query, sources, blend):
     if not isinstance(query, Tensor):
         return query, sources, blend
     device = query.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    # Not asked where torch 2.10's compiler would not know the question; it has no such devices.
+    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+    if not known or not torch.is_autocast_enabled(device):
         return query, sources, blend
     dtype = torch.get_autocast_dtype(device)
     if not query.is_floating_point() or query.dtype == torch.float64:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from transfuse import _checks
-from transfuse.ops._merge_plan import MergePlan, Roles
+from transfuse.ops._merge_plan import MergePlan, Roles, rows_of, tokens_of
 
 AXES = ("B", "N", "C")
 MODES: dict[object, int] = {"mean": 1, "sum": 0, "amax": 3, "prune": 2}
@@ -63,7 +63,7 @@ def check_merge(
     x = _checks.tensor("x", x, AXES)
     _checks.floating("x", x)
     plan = _check_plan(x, plan)
-    _checks.size("x", x, 1, plan.token_count, "the tokens of the plan")
+    _checks.size("x", x, 1, tokens_of(plan), "the tokens of the plan")
     code = _checks.choice("mode", mode, MODES)
     if weight is not None:
         if code not in (0, 1):
@@ -84,7 +84,7 @@ def check_unmerge(y: object, plan: object) -> tuple[Tensor, MergePlan]:
     y = _checks.tensor("y", y, ("B", "R", "C"))
     _checks.floating("y", y)
     plan = _check_plan(y, plan, "y")
-    _checks.size("y", y, 1, plan.row_count, "the rows of the plan")
+    _checks.size("y", y, 1, rows_of(plan), "the rows of the plan")
     return y, plan
 
 

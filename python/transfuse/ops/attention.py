@@ -220,7 +220,7 @@ def _numbers(weights) -> tuple[list[float], list[Tensor | None]]:
 
 def _fused(call: Normalised, backend: str) -> tuple[Tensor, Tensor]:
     """Everything in one kernel; not differentiable."""
-    if call.is_core:
+    if call.is_core():
         return raw(backend).forward(
             call.query,
             call.keys,
@@ -368,9 +368,11 @@ def _sdpa_group(
             ],
             dim=-1,
         )
-    out = F.scaled_dot_product_attention(
-        query, torch.cat(keys, dim=2), torch.cat(values, dim=2), attn_mask=shift, scale=first
-    )
+    key, value = torch.cat(keys, dim=2), torch.cat(values, dim=2)
+    if heads == 0:
+        # Nothing to compute; torch 2.10's kernel for CPUs divides by the number of heads.
+        return query @ key.mT @ value
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=shift, scale=first)
     if shift is not None or sum(k.shape[2] for k in keys) == 0:
         # Rows that may attend to nothing are zero here, NaN in SDPA.
         out = torch.nan_to_num(out) if shift is None else out.masked_fill(_blind(shift), 0.0)
