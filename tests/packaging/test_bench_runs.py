@@ -10,7 +10,7 @@ import torch
 from bench_cases import CPU, find, row
 
 from transfuse.bench import allocator, inputs, machine, memory, records
-from transfuse.bench.__main__ import run_parser, main, selection
+from transfuse.bench.__main__ import main, run_parser, selection
 from transfuse.bench.cases import Setup, Unavailable, load_cases
 
 
