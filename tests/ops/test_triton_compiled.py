@@ -26,7 +26,7 @@ pytest.importorskip("triton")
 if not INTERPRETED:
 
     def test_kernels_under_the_interpreter():
-        assert run_under_interpreter(__file__).passed > 45
+        assert run_under_interpreter(__file__).passed > 40
 
 else:
     OPS = torch.ops.transfuse
@@ -38,17 +38,14 @@ else:
         ("op", "case"),
         [
             ("attend", "groups"),
-            ("attend_with_lse", "small"),
             ("window_attention", "small"),
             ("nearest_tokens", "shared reference"),
             ("merge_tokens", "mean, weighted, curved"),
             ("merge_tokens", "amax, curved"),
-            ("push_tokens", "shared reference"),
             ("adain", "shared style"),
             ("noise_mix", "per sample"),
             ("normgrad_map", "norm"),
-            ("grad_weighted_map", "xgradcam"),
-            ("patch_gram", "stride"),
+            ("patch_gram", "patches apart"),
         ],
     )
     def test_values_and_gradients(op, case):
