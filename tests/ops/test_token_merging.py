@@ -390,6 +390,15 @@ def test_the_whole_chain_compiles_in_one_graph(cpu):
     torch.testing.assert_close(torch.autograd.grad(result.square().sum(), x)[0], grad)
 
 
+def test_raw_op_has_the_gradient_of_a_shared_reference(cpu):
+    """torch.compile calls raw ops, and with a reference that nobody expanded to the batch of x."""
+    x, reference = torch.randn(2, 9, 4).requires_grad_(), torch.randn(1, 7, 4).requires_grad_()
+    raw, _ = torch.ops.transfuse.nearest_tokens(x, reference, None, False)
+    expected = nearest_tokens(x, reference, backend=cpu).similarity
+    found, want = (torch.autograd.grad(s.sum(), (x, reference)) for s in (raw, expected))
+    torch.testing.assert_close(found, want)
+
+
 def test_threads_do_not_change_a_bit(cpu):
     x = torch.randn(2, 1200, 96, requires_grad=True)
 

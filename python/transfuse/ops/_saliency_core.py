@@ -26,10 +26,11 @@ from transfuse.ops._saliency_reference import normgrad, weighted_map
 
 def _kernel(backend: str, name: str) -> Callable:
     """The kernel of an op by a backend, with the arguments of the C++ op."""
+    if _triton_ops.traced(backend) == _triton_ops.COMPILED:
+        return getattr(torch.ops.transfuse, f"{name}_triton")
     if backend == "triton":
         return _triton_ops.kernel("saliency", name)
-    ending = "_triton" if backend == _triton_ops.COMPILED else ""
-    return getattr(torch.ops.transfuse, name + ending)
+    return getattr(torch.ops.transfuse, name)
 
 
 class Weighted(NamedTuple):
@@ -129,4 +130,4 @@ def call(static: Static, act: Tensor, grad: Tensor) -> Tensor:
     watched = needs_derivative((act, grad))
     if watched and not torch.compiler.is_compiling():
         return function(static, (act, grad))[0]
-    return forward(static._replace(backend=_triton_ops.traced(static.backend)), (act, grad))[0]
+    return forward(static, (act, grad))[0]

@@ -205,6 +205,15 @@ def slot_codes(own: Grid, kind: int, device: torch.device) -> tuple[Tensor | Non
     return query, key
 
 
+@functools.lru_cache(maxsize=64)
+def kernel_tables(
+    own: Grid, kind: int, device: torch.device
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """What the Triton kernel reads, int32: :func:`slot_codes` and the token in each slot; made once
+    per grid."""
+    return *slot_codes(own, kind, device), tables(own, device).token.int()
+
+
 def partition(x: Tensor, own: Grid, dim: int) -> Tensor:
     """Tokens along ``dim`` to (windows, slots), zero in empty slots."""
     index = tables(own, x.device).token

@@ -342,10 +342,9 @@ def _launch(
     scale: float,
 ) -> Tensor:
     """The Triton kernel of a grid, and of a bias of ``kind``."""
-    table = _windows.tables(own, query.device).token.int()
-    codes = _windows.slot_codes(own, kind, query.device)
+    tables = _windows.kernel_tables(own, kind, query.device)
     kernel = _triton_ops.kernel("window_attention", "window_attention_forward")
-    return kernel(query, key, value, bias, *codes, table, scale)[0]
+    return kernel(query, key, value, bias, *tables, scale)[0]
 
 
 def _fake(query, key, value, bias, windows, scale):
