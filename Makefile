@@ -106,7 +106,7 @@ sanitize: $(VENV)/.packages  ## the same under AddressSanitizer and UBSan
 triton-check: $(VENV)/.package  ## compile the Triton kernels for sm_80 and sm_90, without a GPU
 	$(PY) -m transfuse.triton_kernels.compile_check $(ARGS)
 
-cuda-check: $(VENV)/.packages  ## compile the CUDA sources for sm_80 and sm_90, without a GPU
+cuda-check: $(VENV)/.packages  ## compile the CUDA sources for sm_80 and sm_90 (Hopper: sm_90a), without a GPU
 	$(PY) csrc/cuda/compile_check.py $(ARGS)
 
 # ---- packages -------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ struct RunOnCuda {
   static Tensor prepared(const Tensor& t) {
     if (t.dim() != 4 || t.numel() == 0) return t;
     const auto fits = [](const Tensor& x) {
-      return tiles_can_be_copied(strided_view(x, "query, keys and values"), x.size(0), x.size(1), x.size(2));
+      return tiles_can_be_copied(strided_view(x, "query, keys and values"), x.size(0), x.size(1), x.size(2), x.size(3));
     };
     if (fits(t)) return t;
     const Tensor dense = torch::stable::contiguous(t);

@@ -389,14 +389,13 @@ struct Worker {
     }
   }
 
-  // Factors that make the accumulator this group's share of the output.
-  __device__ void share(const Weight& gate, const Unit& unit, float (&factor)[2]) const {
+  // Factors that make the accumulator this group's share of the output; 0 takes it away, whatever it holds.
+  __device__ void share(const Weight& weight, const Unit& unit, float (&factor)[2]) const {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = unit.row + number * kOwnRows + row0 + 8 * r;
-      factor[r] = norm[r] == 0.0f || row >= work.queries
-                      ? 0.0f
-                      : __fdividef(gate_of<T>(gate, unit.batch, unit.head, row), norm[r]);
+      const float gate = row < work.queries ? gate_of<T>(weight, unit.batch, unit.head, row) : 0.0f;
+      factor[r] = norm[r] == 0.0f || gate == 0.0f ? 0.0f : __fdividef(gate, norm[r]);
     }
   }
 
@@ -457,7 +456,7 @@ struct Worker {
       share(work.source[source].gate, unit, factor);
       if constexpr (P::kGrouped) {
 #pragma unroll
-        for (int i = 0; i < kResults; ++i) total[i] += sum[i] * factor[row_of(i)];
+        for (int i = 0; i < kResults; ++i) total[i] += factor[row_of(i)] == 0.0f ? 0.0f : sum[i] * factor[row_of(i)];
         begin_group();
       }
     }
@@ -526,8 +525,8 @@ cudaError_t start_by_width(const TileWork& w, int64_t width, cudaStream_t stream
 std::vector<const SourceView*> live_sources(const AttentionForward& a) {
   std::vector<const SourceView*> live;
   for (int g = 0; g < a.group_count; ++g) {
-    // A gate of 0 takes the group's work away.
-    if (!a.gates[g].view.present() && a.gates[g].value == 0.0) continue;
+    // A gate of 0 takes the group's work away, unless its log-sum-exp is wanted.
+    if (a.lse == nullptr && !a.gates[g].view.present() && a.gates[g].value == 0.0) continue;
     for (int s = 0; s < a.source_count; ++s)
       if (a.sources[s].group == g && a.sources[s].length > 0) live.push_back(&a.sources[s]);
   }
@@ -544,13 +543,17 @@ const char* refusal(const AttentionForward& a, size_t live) {
   const auto of_either = [&](const View& v) { return !v.present() || v.dtype == DType::f32 || v.dtype == s.dtype; };
   for (int g = 0; g < a.group_count; ++g)
     if (!of_either(a.gates[g].view)) return "gates must be float32 or of the query's dtype";
-  if (!tiles_can_be_copied(a.query, s.batch, s.heads, s.queries)) return "tiles of the query cannot be copied";
+  const View out{a.out.ptr, a.out.dtype, {a.out.stride[0], a.out.stride[1], a.out.stride[2], a.out.stride[3]}};
+  if (!tiles_can_be_copied(out, s.batch, s.heads, s.queries, s.value_dim))
+    return "tiles of the output cannot be written";
+  if (!tiles_can_be_copied(a.query, s.batch, s.heads, s.queries, s.key_dim))
+    return "tiles of the query cannot be copied";
   int64_t largest = s.queries > s.batch ? s.queries : s.batch;
   for (int i = 0; i < a.source_count; ++i) {
     const SourceView& v = a.sources[i];
     if (v.key_blend.other.present()) return "it has no blends";
-    if (v.length > 0 && !(tiles_can_be_copied(v.key, v.batch, s.kv_heads, v.length) &&
-                          tiles_can_be_copied(v.value, v.batch, s.kv_heads, v.length)))
+    if (v.length > 0 && !(tiles_can_be_copied(v.key, v.batch, s.kv_heads, v.length, s.key_dim) &&
+                          tiles_can_be_copied(v.value, v.batch, s.kv_heads, v.length, s.value_dim)))
       return "tiles of keys or values cannot be copied";
     if (!of_either(v.bias)) return "biases must be float32 or of the query's dtype";
     largest = std::max({largest, v.length, v.batch});
@@ -571,8 +574,9 @@ const char* describe_source(const AttentionForward& a, const SourceView& v, bool
   t.bias = v.bias;
   t.mask = v.mask;
   t.gate = a.gates[v.group];
-  // A factor of 0 would make NaN of what is hidden; this one is none for any finite logit.
-  t.scale = v.scale == 0.0 ? FLT_MIN : (float)v.scale * kLog2e;
+  // A factor of 0 would make NaN of what is hidden; this one makes less than 1e-6 of any finite logit.
+  t.scale = (float)v.scale * kLog2e;
+  if (t.scale == 0.0f) t.scale = FLT_TRUE_MIN;
   t.length = (int)v.length;
   t.repeat = (int)(s.heads / s.kv_heads);
   t.causal_offset = v.causal == Causal::none         ? kNoLimit
@@ -593,9 +597,9 @@ const char* describe_source(const AttentionForward& a, const SourceView& v, bool
 const char* attention_forward_cuda(const AttentionForward& a, void* stream) {
   const AttentionShape& s = a.shape;
   const std::vector<const SourceView*> live = live_sources(a);
+  if (s.batch == 0 || s.heads == 0 || s.queries == 0 || s.value_dim == 0) return nullptr;
   const char* error = refusal(a, live.size());
   if (error != nullptr) return error;
-  if (s.batch == 0 || s.heads == 0 || s.queries == 0 || s.value_dim == 0) return nullptr;
   int device = 0, major = 0, minor = 0;
   cudaError_t status = cudaGetDevice(&device);
   if (status == cudaSuccess) status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);

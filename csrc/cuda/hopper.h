@@ -19,7 +19,7 @@ constexpr int kSwizzleRows = 8;
 constexpr int kSwizzleBytes = kSwizzleRows * kPanelBytes;  // also what a panel has to be aligned to
 
 // Where a matrix product finds an operand (PTX ISA, "matrix descriptor"): its address in shared memory, how far panels
-// lie apart (read only where a row holds what the product sums over not), and how far groups of 8 rows.
+// lie apart (used only where rows hold columns, not the depth), and how far groups of 8 rows.
 __host__ __device__ inline uint64_t panel_descriptor(uint32_t address, uint32_t panel_distance) {
   const uint64_t start = (address & 0x3ffff) >> 4, panels = (panel_distance & 0x3ffff) >> 4;
   return start | panels << 16 | (uint64_t)(kSwizzleBytes >> 4) << 32 | (uint64_t)1 << 62;
@@ -97,9 +97,6 @@ __device__ inline void named_barrier_arrive(int number, int threads) {
 
 // ---- copies of tiles -----------------------------------------------------------------------------------------------
 
-__device__ inline void prefetch_map(const CUtensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<uint64_t>(map)) : "memory");
-}
 // One thread starts the copy of the map's box at these coordinates, whose bytes count for the barrier. Elements outside
 // the tensor are zero, and their bytes count too.
 __device__ inline void copy_tile(void* to, const CUtensorMap* map, Barrier* b, int channel, int token, int head,
@@ -192,26 +189,27 @@ __device__ inline int computed_here(int x) {
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
 // a, b, c, e, f: the numbers of the operands after the result's.
-#define TRANSFUSE_PRODUCTS(Type, name, kColumns, a, b, c, e, f)                                                     \
-  template <>                                                                                                       \
-  struct ProductOfShared<Type, kColumns> {                                                                          \
-    __device__ static inline void start(float (&d)[kColumns / 2], uint64_t left, uint64_t right, int add) {         \
-      asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #c ", 0;\nwgmma.mma_async.sync.aligned.m64n" #kColumns  \
-                   "k16.f32." name "." name " {" TRANSFUSE_D##kColumns "}, %" #a ", %" #b ", add, 1, 1, 0, 0;\n}\n" \
-                   : TRANSFUSE_OUT##kColumns                                                                        \
-                   : "l"(left), "l"(right), "r"(add));                                                              \
-    }                                                                                                               \
-  };                                                                                                                \
-  template <>                                                                                                       \
-  struct ProductOfRegisters<Type, kColumns> {                                                                       \
-    __device__ static inline void start(float (&d)[kColumns / 2], const uint32_t (&left)[4], uint64_t right) {      \
-      asm volatile(                                                                                                 \
-          "{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"                                                            \
-          "wgmma.mma_async.sync.aligned.m64n" #kColumns "k16.f32." name "." name " {" TRANSFUSE_D##kColumns         \
-          "}, {%" #a ", %" #b ", %" #c ", %" #e "}, %" #f ", add, 1, 1, 1;\n}\n"                                    \
-          : TRANSFUSE_OUT##kColumns                                                                                 \
-          : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right));                                    \
-    }                                                                                                               \
+#define TRANSFUSE_PRODUCTS(Type, name, kColumns, a, b, c, e, f)                                                \
+  template <>                                                                                                  \
+  struct ProductOfShared<Type, kColumns> {                                                                     \
+    __device__ static inline void start(float (&d)[kColumns / 2], uint64_t left, uint64_t right, int add) {    \
+      asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %" #c                                   \
+                   ", 0;\nwgmma.mma_async.sync.aligned.m64n" #kColumns "k16.f32." name "." name                \
+                   " {" TRANSFUSE_D##kColumns "}, %" #a ", %" #b ", accumulate, 1, 1, 0, 0;\n}\n"              \
+                   : TRANSFUSE_OUT##kColumns                                                                   \
+                   : "l"(left), "l"(right), "r"(add));                                                         \
+    }                                                                                                          \
+  };                                                                                                           \
+  template <>                                                                                                  \
+  struct ProductOfRegisters<Type, kColumns> {                                                                  \
+    __device__ static inline void start(float (&d)[kColumns / 2], const uint32_t (&left)[4], uint64_t right) { \
+      asm volatile(                                                                                            \
+          "{\n.reg .pred accumulate;\nsetp.eq.u32 accumulate, 0, 0;\n"                                         \
+          "wgmma.mma_async.sync.aligned.m64n" #kColumns "k16.f32." name "." name " {" TRANSFUSE_D##kColumns    \
+          "}, {%" #a ", %" #b ", %" #c ", %" #e "}, %" #f ", accumulate, 1, 1, 1;\n}\n"                        \
+          : TRANSFUSE_OUT##kColumns                                                                            \
+          : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right));                               \
+    }                                                                                                          \
   };
 #define TRANSFUSE_PRODUCTS_OF_BOTH(kColumns, a, b, c, e, f)          \
   TRANSFUSE_PRODUCTS(__nv_bfloat16, "bf16", kColumns, a, b, c, e, f) \

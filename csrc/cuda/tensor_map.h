@@ -36,7 +36,9 @@ inline const char* make_tile_map(const View& v, int64_t channels, int64_t tokens
   if (encode == nullptr) return "the driver has no cuTensorMapEncodeTiled (CUDA 12 or newer is needed)";
   const cuuint64_t item = (cuuint64_t)item_size(v.dtype);
   const int64_t size[3] = {tokens, heads, batches};
-  cuuint64_t dims[4] = {(cuuint64_t)channels, 1, 1, 1}, strides[3] = {kPackBytes, kPackBytes, kPackBytes};
+  // An axis of one entry, or with the same for all, has any stride that holds a row.
+  const cuuint64_t row = (cuuint64_t)channels * item;
+  cuuint64_t dims[4] = {(cuuint64_t)channels, 1, 1, 1}, strides[3] = {row, row, row};
   int step[3] = {0, 0, 0};
   for (int axis = 0; axis < 3; ++axis) {
     const int64_t stride = v.stride[2 - axis];

@@ -11,6 +11,13 @@
 
 namespace transfuse {
 
+// "[i]". (Appended: gcc 12 warns of "[" + std::to_string(i) in some builds.)
+inline std::string place(size_t i) {
+  std::string text = "[";
+  text += std::to_string(i);
+  return text += "]";
+}
+
 struct Call {
   AttentionShape shape;
   std::vector<SourceView> sources;
@@ -56,7 +63,7 @@ inline std::vector<int64_t> bias_shape(const AttentionShape& s, const SourceView
 }
 
 // A map from batch entries to those of another tensor. Its values are checked where the host can read them; kernels of
-// other devices read zeros for what is outside.
+// other devices read zeros or another entry for what is outside, and nothing beyond the tensor.
 inline const int64_t* index_of(const Tensor& query, const Tensor& index, int64_t batch, int64_t others,
                                const std::string& name) {
   STD_TORCH_CHECK(index.scalar_type() == ScalarType::Long && index.is_contiguous() && index.device() == query.device(),
@@ -102,14 +109,13 @@ inline Call describe(const Tensor& query, const TensorList& keys, const TensorLi
     s.windows = call.map->view();
   }
   for (size_t i = 0; i < n; ++i) {
-    const std::string at = "[" + std::to_string(i) + "]";
+    const std::string at = place(i);
     SourceView v;
     STD_TORCH_CHECK(keys[i].dim() == 4, "keys", at, " must have 4 axes");
     v.batch = keys[i].size(0);
     v.length = keys[i].size(2);
     v.windowed = s.windows.present() && i == 0;
-    const std::vector<int64_t> full = v.windowed ? std::vector<int64_t>{s.batch, s.heads, 1, s.windows.codes}
-                                                 : std::vector<int64_t>{s.batch, s.heads, s.queries, v.length};
+    const std::vector<int64_t> full = bias_shape(s, v);
     STD_TORCH_CHECK(!v.windowed || v.length == s.queries, "keys", at, " must have the ", s.queries, " tokens of query");
     check_shape(keys[i], {v.batch, s.kv_heads, v.length, s.key_dim}, "keys" + at);
     check_shape(values[i], {v.batch, s.kv_heads, v.length, s.value_dim}, "values" + at);
@@ -191,7 +197,7 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& given, const TensorLi
   decltype(auto) values = Run::prepared(given_values);
   const Call call = describe(query, keys, values, biases, bias_at, masks, indices, scales, causal, windows);
   const AttentionShape& s = call.shape;
-  Tensor out = new_output(query, s.value_dim);
+  Tensor out = new_output(given, s.value_dim);
   Tensor lse = new_empty(query, {s.batch, s.heads, s.queries}, statistics_type(s.dtype));
   const Weight gate;
   AttentionForward args{s,
@@ -233,13 +239,12 @@ std::tuple<Tensor, Tensor> attention_fused(const Tensor& given, const OptionalTe
     STD_TORCH_CHECK(groups[i] >= 0 && groups[i] < group_count, "groups[", i, "] must be in 0..", group_count - 1);
     v.group = (int)groups[i];
     v.key_blend = blend_of(query, key_others[i], key_weight[i], key_weights[i], key_indices[i],
-                           {v.batch, s.kv_heads, v.length, s.key_dim}, "key_others[" + std::to_string(i) + "]");
+                           {v.batch, s.kv_heads, v.length, s.key_dim}, "key_others" + place(i));
   }
   std::vector<Weight> weights;
   for (size_t g = 0; g < gate.size(); ++g)
-    weights.push_back(
-        weight_of(query, gate[g], gates[g], {s.batch, s.heads, s.queries}, "gates[" + std::to_string(g) + "]"));
-  Tensor out = new_output(query, s.value_dim);
+    weights.push_back(weight_of(query, gate[g], gates[g], {s.batch, s.heads, s.queries}, "gates" + place(g)));
+  Tensor out = new_output(given, s.value_dim);
   const bool single = group_count == 1;
   Tensor lse = new_empty(query, single ? std::vector<int64_t>{s.batch, s.heads, s.queries} : std::vector<int64_t>{0},
                          statistics_type(s.dtype));

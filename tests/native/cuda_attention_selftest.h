@@ -168,6 +168,33 @@ inline void attention_cuda_selftest() {
     p.gates[1].value = -3.0;
     check_forward_on_cuda(p, seed);
   }
+  // What random numbers do not meet.
+  {
+    Wish wish;
+    wish.dtype = DType::bf16;
+    wish.batch = wish.heads = wish.kv_heads = 2;
+    wish.queries = 3;
+    wish.key_dim = wish.value_dim = 16;
+    wish.lengths = {5, 4};
+    wish.plain = true;
+    // Keys and values of one head and batch entry for all; a scale that is 0 in float32.
+    Problem p = make_tiled_problem(++seed, wish);
+    for (Array* x : {&p.sources[0].key, &p.sources[0].value}) {
+      Random r(seed);
+      *x = Array(wish.dtype, x->shape(), Layout::heads_first, {true, true, false, false});
+      x->randomize(r);
+    }
+    p.sources[1].scale = 1e-50;
+    check_forward_on_cuda(p, seed);
+    // A gate of 0 keeps out what is not finite.
+    p = make_tiled_problem(++seed, wish);
+    p.sources[1].group = 1;
+    p.sources[1].value.fill(std::numeric_limits<double>::infinity());
+    p.gates = {Gate{}, Gate{}};
+    p.gates[1].tensor = Array(DType::f32, {2, 2, 3}, Layout::heads_first);
+    p.gates[1].tensor.fill(0.0);
+    check_forward_on_cuda(p, seed);
+  }
   // Nothing to attend to, and no queries.
   Wish wish;
   wish.dtype = DType::bf16;

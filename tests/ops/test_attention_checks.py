@@ -9,7 +9,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from transfuse import _checks
-from transfuse.ops import KV, Blend
+from transfuse.ops import KV, Blend, attend
+from transfuse.ops._attention_call import hopper_limit
 from transfuse.ops._sources import normalise, require_one_softmax
 
 B, H, N, M, D = 2, 4, 5, 6, 8
@@ -25,7 +26,7 @@ def source(**options: object) -> KV:
 
 def test_plain_call_is_the_core():
     call = normalise(zeros(B, H, N, D), source())
-    assert call.is_core
+    assert call.is_core()
     assert call.scales == [1.0 / math.sqrt(D)]
     assert (call.causal, call.groups, call.gates) == ([0], [0], [1.0])
     assert call.biases == call.masks == call.indices == call.key_others == [None]
@@ -45,7 +46,7 @@ def test_everything_is_laid_out_in_order():
         blend=Blend(zeros(3, H, N, D), 1, torch.tensor([2, 0])),
         scale=0.5,
     )
-    assert not call.is_core
+    assert not call.is_core()
     assert call.scales == [1.0, 0.5, 0.5]
     assert call.causal == [2, 1, 0]
     assert call.groups == [1, 0, 1]
@@ -156,3 +157,27 @@ def test_sources_compare_by_identity():
         one.gate = 2.0
     with pytest.raises(TypeError):
         KV(zeros(B, H, M, D), zeros(B, H, M, D), 1)
+
+
+@pytest.mark.parametrize(
+    ("width", "value_width", "sources", "word"),
+    [
+        (40, 128, 8, None),
+        (44, 40, 1, "44"),
+        (64, 136, 1, "136"),
+        (64, 64, 9, "9 sources"),
+    ],
+)
+def test_what_the_cuda_kernel_takes(width, value_width, sources, word):
+    key, value = torch.zeros(1, 1, 2, width), torch.zeros(1, 1, 2, value_width)
+    reason = hopper_limit(key, *(key, value) * sources)
+    assert (reason is None) == (word is None)
+    assert word is None or word in reason
+
+
+def test_the_cuda_kernel_is_refused_with_its_reason():
+    query = torch.zeros(1, 1, 2, 8, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match="needs a CUDA device"):
+        attend(query, KV(query, query), backend="cuda")
+    with pytest.raises(RuntimeError, match="float32 is not one of bfloat16, float16"):
+        attend(query.float(), KV(query.float(), query.float()), backend="cuda")

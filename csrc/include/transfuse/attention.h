@@ -115,17 +115,18 @@ const AttentionKernels& attention_kernels();
 
 // The forward kernel for compute capability 9.0 on the current device, on `stream` (a cudaStream_t); nullptr, or why it
 // was not started. Half precisions; head dims that are multiples of 8 up to 128; query, keys and values that lie as
-// tiles_can_be_copied wants; neither blends nor windows. Pointers are the device's, those of indices as well.
+// tiles_can_be_copied wants, and so the output; neither blends nor windows. Pointers are the device's, those of indices
+// as well.
 constexpr int kMaxTiledSources = 8;
 const char* attention_forward_cuda(const AttentionForward&, void* stream);
 
-// Whether tiles of a (batch, head, token, channel) tensor can be copied by hardware: channels side by side, every row in
-// whole 16-byte pieces.
-inline bool tiles_can_be_copied(const View& v, int64_t batch, int64_t heads, int64_t tokens) {
+// Whether tiles of a (batch, head, token, channel) tensor can be copied by hardware: channels side by side, every row
+// in whole 16-byte pieces of its own.
+inline bool tiles_can_be_copied(const View& v, int64_t batch, int64_t heads, int64_t tokens, int64_t channels) {
   const int64_t piece = 16 / item_size(v.dtype);
   const auto whole = [&](int64_t stride) { return stride >= 0 && stride % piece == 0; };
   return reinterpret_cast<uintptr_t>(v.ptr) % 16 == 0 && v.stride[3] == 1 && (batch < 2 || whole(v.stride[0])) &&
-         (heads < 2 || whole(v.stride[1])) && (tokens < 2 || (whole(v.stride[2]) && v.stride[2] > 0));
+         (heads < 2 || whole(v.stride[1])) && (tokens < 2 || (whole(v.stride[2]) && v.stride[2] >= channels));
 }
 
 }  // namespace transfuse

@@ -10,6 +10,7 @@ from torch import Tensor
 # As in csrc/include/transfuse/attention.h and csrc/cuda/attention_hopper.cu.
 SOURCES, HEAD_DIM, PIECE = 8, 128, 8
 CAPABILITY = (9, 0)
+FORWARD = "transfuse::attention_forward"
 
 
 def hopper_limit(query: Tensor, *keys_and_values: Tensor) -> str | None:
@@ -19,13 +20,16 @@ def hopper_limit(query: Tensor, *keys_and_values: Tensor) -> str | None:
         query: of the call; what is not (B, H, N, D) says nothing.
         keys_and_values: key, value of each source, as many as are known.
     """
-    if query.is_cuda:
+    # The compiler follows neither question; the kernel's launcher asks the first again.
+    if query.is_cuda and not torch.compiler.is_compiling():
         capability = torch.cuda.get_device_capability(query.device)
         if capability != CAPABILITY:
             return (
                 "the kernel is made for compute capability 9.0, and this device has "
                 f"{capability[0]}.{capability[1]}"
             )
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(FORWARD, "CUDA"):
+            return "the CUDA library was built without code for compute capability 9.0"
     widths = [t.shape[-1] for t in (query, *keys_and_values) if t.dim() == 4]
     return hopper_fits(widths, len(keys_and_values) // 2)
 

@@ -12,7 +12,7 @@ backward and a jvp_backward. Third derivatives raise.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -95,6 +95,11 @@ def _ops(ending: str) -> Raw:
     )
 
 
+def _triton_when_called(name: str) -> Callable:
+    """A raw Triton kernel that is imported by its first call: a forward pass needs no Triton."""
+    return lambda *args: getattr(_triton(), name)(*args)
+
+
 def _triton() -> Raw:
     from transfuse.triton_kernels import attention
 
@@ -150,7 +155,7 @@ def raw(backend: str) -> Raw:
     if backend == "triton":
         return _triton()
     if backend == "cuda":
-        return replace(_triton(), forward=_ops("").forward)
+        return Raw(_ops("").forward, *map(_triton_when_called, ("backward", "jvp", "jvp_backward")))
     return _ops("_triton" if backend == _triton_ops.COMPILED else "")
 
 

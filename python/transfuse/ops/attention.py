@@ -70,7 +70,8 @@ def attend(
         backend: None, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``; a named one never
             falls back. ``"cuda"`` is a forward pass for compute capability 9.0, half precisions,
             head dims that are multiples of 8 up to 128 and at most 8 sources; blends run in eager
-            torch before it, and derivatives are those of ``"triton"``.
+            torch before it, derivatives are those of ``"triton"``, and of the blocks that are
+            hidden only those that the causal rule hides are skipped.
 
     Returns:
         (B, H, N, Dv) in the dtype of the query. Rows that may attend to nothing are zero.

@@ -33,5 +33,6 @@ inline CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cu
     map->box[d] = box[d];
   }
   map->base = static_cast<const unsigned char*>(base);
+  fits = fits && strides[0] >= size[0] * 2;  // rows do not overlap
   return fits && aligned(box[0] * 2, 16) ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }

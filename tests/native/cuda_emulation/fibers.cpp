@@ -62,10 +62,10 @@ struct Fiber {
   const Barrier* waits = nullptr;  // until it has left this generation
   uint64_t generation = 0;
   bool (*ready)(const void*) = nullptr;  // or until this holds
-  const void* context = nullptr;
+  const void* wanted = nullptr;
 
   bool waiting() const {
-    return (waits != nullptr && waits->generation == generation) || (ready != nullptr && !ready(context));
+    return (waits != nullptr && waits->generation == generation) || (ready != nullptr && !ready(wanted));
   }
 #if defined(__x86_64__)
   void* stack_pointer = nullptr;
@@ -280,7 +280,7 @@ void run_grid(unsigned blocks, unsigned threads, size_t shared, void (*run)(void
 void wait_until(bool (*ready)(const void*), const void* context) {
   if (ready(context)) return;
   current->ready = ready;
-  current->context = context;
+  current->wanted = context;
   to_scheduler();
   current->ready = nullptr;
 }

@@ -2,6 +2,7 @@
 #include <array>
 #include <cstddef>
 #include <deque>
+#include <limits>
 #include <vector>
 
 #include "../../../csrc/cuda/hopper.h"
@@ -24,11 +25,21 @@ struct Started {
   Product product;
   std::array<float, 32> rows;  // of registers: two rows of 16
   std::array<uint32_t, 4> given;
+  std::vector<float> before;  // the result's registers, if no product under way writes them
 };
 struct ThreadProducts {
   std::vector<Started> open;                // not in a group yet
   std::deque<std::vector<Started>> groups;  // under way, the oldest first
   uint64_t waits = 0;                       // how often the thread has waited for some
+  bool fenced = false;                      // since the last wait
+
+  bool writes(const float* result) const {
+    const auto same = [&](const Started& s) { return s.product.result == result; };
+    return std::any_of(open.begin(), open.end(), same) ||
+           std::any_of(groups.begin(), groups.end(), [&](const std::vector<Started>& group) {
+             return std::any_of(group.begin(), group.end(), same);
+           });
+  }
 };
 struct Named {
   int arrived = 0, threads = 0;
@@ -85,6 +96,11 @@ void perform(const Started& s) {
   const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32 % 4;
   if (p.registers != nullptr && !std::equal(s.given.begin(), s.given.end(), p.registers))
     fail("registers were changed while a product was reading them");
+  if (!s.before.empty()) {
+    if (!std::all_of(p.result, p.result + p.columns / 2, [](float x) { return std::isnan(x); }))
+      fail("registers were written while a product was writing them");
+    std::copy(s.before.begin(), s.before.end(), p.result);
+  }
   float left[2][16];
   for (int r = 0; r < 2; ++r)
     for (int k = 0; k < 16; ++k)
@@ -203,8 +219,16 @@ void copy_tile(unsigned char* to, const CUtensorMap* map, Phases* b, const int (
     perform(copy);
 }
 
+void fence_products() { products[threadIdx.x].fenced = true; }
+
 void start_product(const Product& product) {
-  Started s{product, {}, {}};
+  ThreadProducts& own = products[threadIdx.x];
+  if (!own.fenced) fail("products after a wait without a fence");
+  Started s{product, {}, {}, {}};
+  if (!own.writes(product.result)) {
+    s.before.assign(product.result, product.result + product.columns / 2);
+    std::fill(product.result, product.result + product.columns / 2, std::numeric_limits<float>::quiet_NaN());
+  }
   if (product.registers != nullptr) {
     // A row's 16 numbers are with four threads: pairs of columns 2 (lane % 4), of both rows, and the same 8 further.
     std::copy(product.registers, product.registers + 4, s.given.begin());
@@ -222,7 +246,7 @@ void start_product(const Product& product) {
       }
     }
   }
-  products[threadIdx.x].open.push_back(s);
+  own.open.push_back(s);
 }
 
 void commit_products() {
@@ -234,6 +258,7 @@ void commit_products() {
 void wait_for_products(int pending) {
   ThreadProducts& own = products[threadIdx.x];
   if (!own.open.empty()) fail("products are waited for that are not in a group");
+  own.fenced = false;
   if ((int)own.groups.size() <= pending) return;
   const struct Wait {
     const uint64_t* allowed;

@@ -1,8 +1,8 @@
 // The functions of csrc/cuda/hopper.h for the emulated build: what the instructions do, by the PTX ISA.
 //
 // What is asynchronous comes late: when no thread can go on without it, and then in an arbitrary order. So reading too
-// early finds what was there before, and overwriting too early spoils what is still to be read. With threads in another
-// order than forward, copies of tiles come at once instead.
+// early finds what was there before (NaN, in registers of a result), and overwriting too early spoils what is still to
+// be read. With threads in another order than forward, copies of tiles come at once instead.
 #pragma once
 
 #include "fibers.h"
@@ -34,6 +34,7 @@ struct Product {
   const uint32_t* registers;  // of this thread, instead of left
   bool add;
 };
+void fence_products();
 void start_product(const Product& product);
 void commit_products();
 void wait_for_products(int pending);
@@ -57,7 +58,6 @@ inline void barrier_wait(Barrier* b, uint32_t parity) { emulation::wait_for_phas
 inline void named_barrier_wait(int number, int threads) { emulation::arrive_named(number, threads, true); }
 inline void named_barrier_arrive(int number, int threads) { emulation::arrive_named(number, threads, false); }
 
-inline void prefetch_map(const CUtensorMap*) {}
 inline void copy_tile(void* to, const CUtensorMap* map, Barrier* b, int channel, int token, int head, int batch) {
   emulation::copy_tile(static_cast<unsigned char*>(to), map, &b->phases, {channel, token, head, batch});
 }
@@ -74,7 +74,7 @@ inline uint32_t pack_pair(float low, float high, emulation::Half<kType>) {
   return emulation::from_float<kType>(low).bits | (uint32_t)emulation::from_float<kType>(high).bits << 16;
 }
 
-inline void product_fence() {}
+inline void product_fence() { emulation::fence_products(); }
 inline void product_commit() { emulation::commit_products(); }
 template <int kPending>
 inline void product_wait() {
