@@ -138,9 +138,9 @@ inline Problem make_problem(uint64_t seed, const Wish& wish) {
 
 // ---- running the kernels -------------------------------------------------------------------------------------------
 
-inline Forward run_forward(const Problem& p, const transfuse::Parallel& parallel, Layout layout, bool with_lse) {
-  Forward f{p.like_output(p.shape.dtype, p.shape.value_dim, layout),
-            p.like_output(statistics_of(p.shape.dtype), 1, Layout::heads_first)};
+// Calls run(arguments) for a forward pass into `f`.
+template <class F>
+inline auto with_forward_arguments(const Problem& p, Forward* f, bool with_lse, const F& run) {
   const auto sources = p.views();
   std::vector<transfuse::Weight> gates;
   for (const Gate& gate : p.gates) {
@@ -157,9 +157,17 @@ inline Forward run_forward(const Problem& p, const transfuse::Parallel& parallel
   args.source_count = (int)sources.size();
   args.group_count = (int)gates.size();
   args.gates = gates.data();
-  args.out = f.out.mutable_view();
-  args.lse = with_lse ? f.lse.data() : nullptr;
-  transfuse::attention_kernels().forward(args, parallel);
+  args.out = f->out.mutable_view();
+  args.lse = with_lse ? f->lse.data() : nullptr;
+  return run(args);
+}
+
+inline Forward run_forward(const Problem& p, const transfuse::Parallel& parallel, Layout layout, bool with_lse) {
+  Forward f{p.like_output(p.shape.dtype, p.shape.value_dim, layout),
+            p.like_output(statistics_of(p.shape.dtype), 1, Layout::heads_first)};
+  with_forward_arguments(p, &f, with_lse, [&](const transfuse::AttentionForward& args) {
+    transfuse::attention_kernels().forward(args, parallel);
+  });
   return f;
 }
 

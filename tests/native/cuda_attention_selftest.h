@@ -29,24 +29,9 @@ inline Problem make_tiled_problem(uint64_t seed, const Wish& wish) {
 }
 
 inline const char* forward_on_cuda(const Problem& p, Forward* f, bool with_lse) {
-  const auto sources = p.views();
-  std::vector<transfuse::Weight> gates;
-  for (const Gate& gate : p.gates) {
-    transfuse::Weight w;
-    w.view = gate.tensor.view();
-    w.value = gate.value;
-    gates.push_back(w);
-  }
-  transfuse::AttentionForward args{};
-  args.shape = p.shape;
-  args.query = p.query.view();
-  args.sources = sources.data();
-  args.source_count = (int)sources.size();
-  args.group_count = (int)gates.size();
-  args.gates = gates.data();
-  args.out = f->out.mutable_view();
-  args.lse = with_lse ? f->lse.data() : nullptr;
-  return transfuse::attention_forward_cuda(args, nullptr);
+  return with_forward_arguments(p, f, with_lse, [](const transfuse::AttentionForward& args) {
+    return transfuse::attention_forward_cuda(args, nullptr);
+  });
 }
 
 inline void check_forward_on_cuda(const Problem& p, uint64_t seed) {
