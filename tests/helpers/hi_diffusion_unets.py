@@ -43,19 +43,6 @@ def run(model, size=(16, 16), time=900, **extra):
     return model(x, time, text, **extra).sample
 
 
-def snapshot(model):
-    """Everything a patch could leave behind: processors, attributes, hooks."""
-    return [
-        (
-            name,
-            {key: id(value) for key, value in module.__dict__.items() if key[0] != "_"},
-            {key: id(value) for key, value in module._modules.items()},
-            {key: list(value) for key, value in vars(module).items() if key.endswith("_hooks")},
-        )
-        for name, module in model.named_modules()
-    ]
-
-
 def always(*, strided=False, pooled=False):
     """Options of RAU-Net alone, with some devices acting in every step."""
     schedule = RAUSchedule(range(5 * strided), range(5 * pooled))

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from patched_models import snapshot
 
 from transfuse.integrations.diffusers import AttendProcessor, TokenMerging, patch
 from transfuse.methods.diffusion_control.style_injection import StyleInjectionOptions
@@ -34,19 +35,6 @@ def inputs(batch=2, size=(8, 8)):
 def run(model, batch=2, size=(8, 8), **extra):
     x, text = inputs(batch, size)
     return model(x, 11, text, **extra).sample
-
-
-def snapshot(model):
-    return [
-        (
-            name,
-            {key: id(value) for key, value in module.__dict__.items() if key[0] != "_"},
-            {key: id(value) for key, value in module._modules.items()},
-            # Hooks live in private attributes; their containers stay, their contents must not.
-            {key: list(value) for key, value in vars(module).items() if key.endswith("_hooks")},
-        )
-        for name, module in model.named_modules()
-    ]
 
 
 @pytest.mark.parametrize("options", [{}, {"random": False}, {"cross_attention": True}])

@@ -7,7 +7,8 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from hi_diffusion_unets import CONFIGS, RUN, SD, SDXL, WHY, always, diffusers, inputs, run, snapshot
+from hi_diffusion_unets import CONFIGS, RUN, SD, SDXL, WHY, always, diffusers, inputs, run
+from patched_models import snapshot
 
 from transfuse.methods.diffusion_control.hi_diffusion import (
     HiDiffusion,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hi_diffusion_unets import CONFIGS, RUN, SD, SDXL, WHY, diffusers, inputs, run, snapshot
+from hi_diffusion_unets import CONFIGS, RUN, SD, SDXL, WHY, diffusers, inputs, run
+from patched_models import snapshot
 
 from transfuse.integrations.diffusers import patch
 from transfuse.methods.diffusion_control.hi_diffusion import (

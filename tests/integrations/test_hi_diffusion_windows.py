@@ -6,7 +6,8 @@ import itertools
 
 import pytest
 import torch
-from hi_diffusion_unets import CONFIGS, RUN, SD, WHY, diffusers, inputs, run, snapshot
+from hi_diffusion_unets import CONFIGS, RUN, SD, WHY, diffusers, inputs, run
+from patched_models import snapshot
 
 from transfuse.integrations.diffusers import AttendProcessor, TokenMerging, patch
 from transfuse.methods.diffusion_control.hi_diffusion import (

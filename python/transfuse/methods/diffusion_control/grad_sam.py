@@ -31,7 +31,7 @@ Deviations from the official code, all deliberate:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -53,6 +53,13 @@ from transfuse.methods._attention_patch import (
     PatchHandle,
 )
 from transfuse.methods.diffusion_control._ddim import add_noise
+from transfuse.methods.diffusion_control._jacobian_scores import (
+    attention_jacobian_scores,
+    check_phi,
+    column_scores,
+    rectify,
+    reverse_scores,
+)
 from transfuse.methods.diffusion_control._subjects import (
     Subjects,
     blend_latents,
@@ -76,186 +83,7 @@ __all__ = [
     "subject_tokens",
 ]
 
-_PHI = ("abs", "relu")
 _MODES = ("exact", "fast", "aggregated")
-
-
-def _check_phi(phi: object) -> None:
-    if phi not in _PHI:
-        raise ValueError(f"phi: expected one of {', '.join(_PHI)}, got {phi!r}")
-
-
-def _rectify(gradient: Tensor, phi: str) -> Tensor:
-    return gradient.abs() if phi == "abs" else gradient.clamp_min(0)
-
-
-def column_scores(attention: Tensor, gradient: Tensor, *, phi: str = "abs") -> Tensor:
-    """sum_{h, q} A[h, q, c] phi(g[m, h, q, c]): scores of m output elements at given columns.
-
-    Args:
-        attention: (..., H, N, n) softmax weights at n columns.
-        gradient: (m, ..., H, N, n) gradients of m output elements.
-        phi: ``"abs"`` or ``"relu"``, inside the sum: signed sums cancel.
-
-    Returns:
-        (m, ..., n), float32 (float64 for float64).
-
-    Example:
-        >>> column_scores(torch.ones(1, 2, 1), torch.tensor([[[[1.0], [-3.0]]]]))
-        tensor([[4.]])
-    """
-    _check_phi(phi)
-    if gradient.shape[1:] != attention.shape:
-        raise ValueError(
-            f"gradient: expected (m, {', '.join(map(str, attention.shape))}), "
-            f"got {tuple(gradient.shape)}"
-        )
-    work = torch.float64 if attention.dtype == torch.float64 else torch.float32
-    rectified = _rectify(gradient.detach().to(work), phi)
-    return torch.einsum("...hqc,m...hqc->m...c", attention.detach().to(work), rectified)
-
-
-def _one_hot_chunks(count: int, chunk: int, like: Tensor) -> Iterator[Tensor]:
-    """The rows of the identity of size ``count``, ``chunk`` at a time."""
-    for start in range(0, count, chunk):
-        rows = like.new_zeros(min(chunk, count - start), count)
-        rows.diagonal(offset=start).fill_(1)
-        yield rows
-
-
-def attention_jacobian_scores(
-    fn: Callable[[Tensor], Tensor],
-    attention: Tensor,
-    subjects: Sequence[int | Sequence[int]],
-    *,
-    phi: str = "abs",
-    chunk: int = 32,
-    mode: str = "reverse",
-) -> Tensor:
-    """Scores of every element of ``fn(attention)`` for each subject, from exact Jacobian rows.
-
-    Args:
-        fn: Attention weights -> output of any shape, differentiable.
-        attention: (H, N, L) weights.
-        subjects: One token position, or the positions of a subject's sub-words, for each subject.
-        phi: ``"abs"`` or ``"relu"``.
-        chunk: Rows (or columns) of the Jacobian computed at once.
-        mode: ``"reverse"``: one product for each output element. ``"forward"``: one for each
-            weight of the subjects' columns; cheaper when those are fewer.
-
-    Returns:
-        (subjects, *output shape), float32 (float64 for float64), without graph.
-
-    Raises:
-        ValueError, TypeError: Arguments out of range.
-
-    Notes:
-        ``fn`` takes the whole map, so its backward forms ``chunk`` gradients of the map, of which
-        the subjects' columns are kept. :class:`GradSAM` knows that attention is linear in its map
-        and forms neither.
-
-    Example:
-        >>> a = torch.tensor([[[0.25, 0.75], [1.0, 0.0]]])
-        >>> attention_jacobian_scores(lambda a: a[0, :, 1] * torch.tensor([2.0, -4.0]), a, [1])
-        tensor([[1.5000, 0.0000]])
-    """
-    _checks.tensor("attention", attention, ("H", "N", "L"))
-    _checks.floating("attention", attention)
-    _checks.positive_int("chunk", chunk)
-    _check_phi(phi)
-    if mode not in ("reverse", "forward"):
-        raise ValueError(f"mode: expected reverse or forward, got {mode!r}")
-    chosen = subject_columns(subjects, attention.shape[2])
-    columns = chosen.columns.to(attention.device)
-    base = attention.detach()
-    weights = base.index_select(2, columns)
-
-    def perturbed(delta: Tensor) -> Tensor:
-        return fn(base.index_add(2, columns, delta))
-
-    if mode == "forward":
-        scores = _forward_scores(perturbed, weights, phi, chunk)
-    else:
-        delta = torch.zeros_like(weights[None], requires_grad=True)
-        with torch.enable_grad():
-            output = perturbed(delta[0])[None]
-            (scores,) = _reverse_scores(output, [weights[None]], [delta], phi, chunk)
-        scores = scores[0]
-    member = chosen.member.to(scores)
-    return torch.tensordot(member, scores, dims=([1], [0]))
-
-
-def _forward_scores(fn: Callable, weights: Tensor, phi: str, chunk: int) -> Tensor:
-    """(n, *output): one tangent for each weight, batched."""
-    zero = torch.zeros_like(weights)
-
-    def column(tangent: Tensor) -> Tensor:
-        return torch.func.jvp(fn, (zero,), (tangent.view_as(zero),))[1]
-
-    heads, rows, count = weights.shape
-    flat = weights.flatten()
-    # Weights of one column are heads * rows apart: bring the columns to the front.
-    order = torch.arange(flat.numel(), device=weights.device).view(heads, rows, count)
-    order = order.permute(2, 0, 1).flatten()
-    scores: Tensor | None = None
-    for start in range(0, order.numel(), chunk):
-        part = order[start : start + chunk]
-        tangents = flat.new_zeros(part.numel(), flat.numel())
-        tangents.scatter_(1, part[:, None], 1.0)
-        jacobian = torch.func.vmap(column)(tangents)
-        work = torch.float64 if jacobian.dtype == torch.float64 else torch.float32
-        if scores is None:
-            scores = torch.zeros(count, *jacobian.shape[1:], dtype=work, device=weights.device)
-        amount = flat[part].to(work).view(-1, *[1] * (jacobian.ndim - 1))
-        owner = torch.arange(start, start + part.numel(), device=weights.device) // (heads * rows)
-        scores.index_add_(0, owner, amount * _rectify(jacobian.detach().to(work), phi))
-    if scores is None:
-        raise ValueError(f"attention: expected no empty dimension, got {tuple(weights.shape)}")
-    return scores
-
-
-def _row_gradients(
-    flat: Tensor, deltas: list[Tensor], unit: Tensor, *, batched: bool
-) -> list[Tensor | None]:
-    """Gradients (m, *delta) of m output elements each; None where a delta has no part in them."""
-    rows = unit[:, None].expand(-1, flat.shape[0], -1)
-    options = {"retain_graph": True, "allow_unused": True}
-    if batched:
-        return list(
-            torch.autograd.grad(flat, deltas, grad_outputs=rows, is_grads_batched=True, **options)
-        )
-    single = [torch.autograd.grad(flat, deltas, grad_outputs=row, **options) for row in rows]
-    return [None if own[0] is None else torch.stack(own) for own in zip(*single, strict=True)]
-
-
-def _reverse_scores(
-    output: Tensor, weights: list[Tensor], deltas: list[Tensor], phi: str, chunk: int
-) -> list[Tensor]:
-    """For each layer (B, n, *element): one product for each output element, all samples together.
-
-    ``output`` is (B, *element); samples are independent, so a row of the Jacobian is taken of the
-    sum over samples and falls apart into theirs.
-    """
-    element = output.shape[1:]
-    count = math.prod(element)
-    rows: list[list[Tensor]] = [[] for _ in deltas]
-    flat = output.reshape(output.shape[0], count)
-    batched = True
-    for unit in _one_hot_chunks(count, chunk, flat):
-        try:
-            gradients = _row_gradients(flat, deltas, unit, batched=batched)
-        except RuntimeError as error:
-            # Compiled ops behind an early layer (attend among them) have no batched backward.
-            if not batched or "Batching rule" not in str(error):
-                raise
-            batched = False
-            gradients = _row_gradients(flat, deltas, unit, batched=False)
-        for own, amount, gradient in zip(rows, weights, gradients, strict=True):
-            if gradient is None:
-                gradient = amount.new_zeros(()).expand(unit.shape[0], *amount.shape)
-            own.append(column_scores(amount, gradient, phi=phi))
-    joined = [torch.cat(own) for own in rows]  # (m, B, n)
-    return [own.movedim(0, -1).unflatten(-1, element) for own in joined]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,7 +108,7 @@ class GradSAMOptions:
     chunk: int = 32
 
     def __post_init__(self) -> None:
-        _check_phi(self.phi)
+        check_phi(self.phi)
         if self.mode not in _MODES:
             raise ValueError(f"mode: expected one of {', '.join(_MODES)}, got {self.mode!r}")
         _checks.positive_int("chunk", self.chunk)
@@ -493,7 +321,7 @@ class GradSAM(ModelPatch):
 
     def _exact(self, output: Tensor, records: list[_Record]) -> list[Tensor]:
         weights, deltas = [r.weights for r in records], [r.delta for r in records]
-        return _reverse_scores(output, weights, deltas, self.options.phi, self.options.chunk)
+        return reverse_scores(output, weights, deltas, self.options.phi, self.options.chunk)
 
     def _fast(self, output: Tensor, records: list[_Record]) -> list[Tensor]:
         gradients = torch.autograd.grad(output.sum(), [r.delta for r in records], allow_unused=True)
@@ -501,7 +329,7 @@ class GradSAM(ModelPatch):
         for record, gradient in zip(records, gradients, strict=True):
             amount = record.weights
             gradient = torch.zeros_like(amount) if gradient is None else gradient.to(amount.dtype)
-            own = (amount * _rectify(gradient, self.options.phi)).sum(1).mT  # (B, n, N)
+            own = (amount * rectify(gradient, self.options.phi)).sum(1).mT  # (B, n, N)
             grid = _grid(own.shape[2], output.shape[2], output.shape[3])
             own = nn.functional.interpolate(own.unflatten(2, grid), size=output.shape[2:])
             maps.append(own[:, :, None].expand(-1, -1, output.shape[1], -1, -1))
@@ -515,7 +343,7 @@ class GradSAM(ModelPatch):
             amount = record.weights
             gradient = torch.zeros_like(amount) if gradient is None else gradient.to(amount.dtype)
             own = member.to(amount)
-            part = torch.einsum("sn,bhqn->bs", own, _rectify(gradient, self.options.phi))
+            part = torch.einsum("sn,bhqn->bs", own, rectify(gradient, self.options.phi))
             seen = torch.einsum("sn,bhqn->bsq", own, amount) / amount.shape[1]
             sizes.setdefault(amount.shape[2], []).append((part, seen))
         maps = []
